@@ -1,0 +1,238 @@
+"""What an operator's schema says about one node: attribute values with their defaults, and axes wherever they are kept.
+
+Defaults and the place of `axes` change with the opset; both are looked up for the opset that the node's scope imports.
+Standard operators come from `onnx.defs`; operators that only a runtime registers (`com.microsoft`, and the default
+domain's LayerNormalization before opset 17) from `fusion.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+from onnx import AttributeProto, GraphProto, SparseTensorProto, TensorProto, TypeProto, defs, helper
+
+from fusion import registry
+
+if TYPE_CHECKING:
+    from fusion.graph import Node, Value
+
+Attribute = (
+    int
+    | float
+    | bytes
+    | TensorProto
+    | GraphProto
+    | SparseTensorProto
+    | TypeProto
+    | list[int]
+    | list[float]
+    | list[bytes]
+    | list[TensorProto]
+    | list[GraphProto]
+    | list[SparseTensorProto]
+    | list[TypeProto]
+)
+
+
+class Integers(Protocol):
+    """A small integer tensor, as `Facts.integers` gives it; an item that is not an int is not known as a number."""
+
+    @property
+    def items(self) -> Sequence[object]: ...
+
+
+class Known(Protocol):
+    """The two facts that axes need; `fusion.facts.Facts` has them."""
+
+    def rank(self, value: Value) -> int | None: ...
+
+    def integers(self, value: Value) -> Integers | None: ...
+
+
+def attribute(node: Node, name: str) -> Attribute | None:
+    """Return the attribute's value: as given, else the schema's default for the node's opset, else None.
+
+    None also stands for an attribute that refers to a parameter of the enclosing function: its value is not known here,
+    and the default does not hold. `extra_attributes` always lists such an attribute, so a caller that asks it first
+    never takes it for an absent one.
+    """
+    given = _given(node, name)
+    if given is None:
+        return defaults(node.op, node.domain, node.version).get(name)
+    return _value(given)
+
+
+def extra_attributes(node: Node, allowed: Iterable[str] = ()) -> list[str]:
+    """Return the names of attributes that say something beyond the schema's defaults and are not in `allowed`.
+
+    An attribute that the schema does not know is extra; so is, even if allowed, one that refers to a parameter of the
+    enclosing function.
+    """
+    allowed = set(allowed)
+    standard = defaults(node.op, node.domain, node.version)
+    extra = []
+    for item in node.proto.attribute:
+        if item.ref_attr_name:
+            extra.append(item.name)
+        elif item.name not in allowed:
+            # A given empty list is no default: Squeeze(axes=[]) and Squeeze() differ.
+            default = standard.get(item.name)
+            if default is None or default != _value(item):
+                extra.append(item.name)
+    return extra
+
+
+@cache
+def defaults(op: str, domain: str, version: int) -> dict[str, Attribute]:
+    """Return the default of every attribute that has one; empty where no schema is known. Shared: do not modify."""
+    try:
+        schema = defs.get_schema(op, version, domain)
+    except defs.SchemaError:
+        return {
+            name: helper.get_attribute_value(proto) for name, proto in registry.defaults(op, domain, version).items()
+        }
+    return {
+        name: helper.get_attribute_value(attr.default_value)
+        for name, attr in schema.attributes.items()
+        if attr.default_value.name  # an attribute without a default has an empty AttributeProto here
+    }
+
+
+# Operators with a set of axes, and the input that holds it in newer opsets.
+_SETS = {"Squeeze": 1, "Unsqueeze": 1} | {
+    f"Reduce{kind}": 1 for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+}
+# Operators whose axes are paired with other inputs: the order counts, and absent axes are the first ones in order.
+_PAIRED = {"Slice": 3, "Pad": 3, "CenterCropPad": None}
+_FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}
+_TRAILING = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
+_STANDARD = {"", "com.microsoft"}
+
+
+def axes(node: Node, facts: Known) -> tuple[int, ...] | None:
+    """Return the axes the node works along, each >= 0, or None where they are unknown or invalid.
+
+    - Reduce*: the reduced axes, ascending; all of them where none are given, none with `noop_with_empty_axes`.
+    - Squeeze, Unsqueeze: the axes, ascending, Unsqueeze's in its output. None for a Squeeze without axes: which axes it
+      drops depends on the shape, and the caller, who knows the shape, decides.
+    - Softmax, LogSoftmax, Hardmax: the axes that are normalised *together*. Below opset 13 the operator flattens from
+      `axis` on, so that is every axis from there; only where it is one axis does it agree with the newer operator.
+    - LayerNormalization, RMSNormalization, SimplifiedLayerNormalization: every axis from `axis` on.
+    - Slice, Pad: in the order of `starts` or `pads`.
+    - CumSum, MeanVarianceNormalization and operators with an attribute `axis` (Concat, Split, Gather, ArgMax, ...):
+      that axis or those.
+    """
+    if node.domain not in _STANDARD:
+        return None
+    op = node.op
+    if op in _SETS:
+        return _set_of_axes(node, facts)
+    if op in _PAIRED:
+        return _paired_axes(node, facts)
+    rank = _rank(node, facts)
+    if op == "CumSum":
+        listed = _listed(node, "axis", 1, facts)
+        return _normalised(listed, rank) if listed and len(listed) == 1 else None
+    if op == "MeanVarianceNormalization":
+        given = attribute(node, "axes")
+        return _normalised(given, rank) if isinstance(given, list) else None
+    axis = attribute(node, "axis")
+    if not isinstance(axis, int):
+        return None
+    normalised = _normalised([axis], rank)
+    if normalised is None or not (op in _TRAILING or (op in _FLATTENING and node.version < 13)):
+        return normalised
+    return None if rank is None else tuple(range(normalised[0], rank))
+
+
+def _set_of_axes(node: Node, facts: Known) -> tuple[int, ...] | None:
+    rank = _rank(node, facts)
+    listed = _listed(node, "axes", _SETS[node.op], facts)
+    if listed is None:
+        return None
+    if not listed and node.op.startswith("Reduce"):  # axes of length 0 mean the same as no axes
+        if attribute(node, "noop_with_empty_axes"):
+            return ()
+        return None if rank is None else tuple(range(rank))
+    if not listed:
+        return None
+    if node.op == "Unsqueeze" and rank is not None:
+        rank += len(listed)
+    normalised = _normalised(listed, rank)
+    return None if normalised is None else tuple(sorted(normalised))
+
+
+def _paired_axes(node: Node, facts: Known) -> tuple[int, ...] | None:
+    rank = _rank(node, facts)
+    listed = _listed(node, "axes", _PAIRED[node.op], facts)
+    if listed is None:
+        return None
+    if not listed and node.op == "Slice":
+        starts = _listed(node, "starts", 1, facts)
+        return None if starts is None else tuple(range(len(starts)))
+    if not listed:
+        return None if rank is None else tuple(range(rank))
+    return _normalised(listed, rank)
+
+
+def _listed(node: Node, name: str, slot: int | None, facts: Known) -> list[int] | None:
+    """Return the integers of an attribute, or of an input where the opset moved it there; [] absent, None unknown."""
+    given = _given(node, name)
+    if given is not None:
+        value = _value(given)
+        return _integers(value) if isinstance(value, list) else None
+    source = node.inputs[slot] if slot is not None and slot < len(node.inputs) else None
+    if source is None:
+        return []
+    known = facts.integers(source)
+    if known is None:
+        return None
+    return _integers(known.items)
+
+
+def _integers(items: Sequence[object]) -> list[int] | None:
+    """Return the items where every one is an int (a bool is none), else None."""
+    integers = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+    return integers if len(integers) == len(items) else None
+
+
+def _rank(node: Node, facts: Known) -> int | None:
+    """Return the rank that negative axes count from, which for OneHot includes the new axis."""
+    data = node.inputs[0] if node.inputs else None
+    rank = None if data is None else facts.rank(data)
+    if rank is None and node.op == "Concat":  # all its inputs have one rank: any that is known serves
+        ranks = (facts.rank(value) for value in node.inputs[1:] if value is not None)
+        rank = next((known for known in ranks if known is not None), None)
+    if rank is not None and node.op == "OneHot":
+        rank += 1
+    return rank
+
+
+def _normalised(listed: Sequence[object], rank: int | None) -> tuple[int, ...] | None:
+    """Return the axes counted from the front, or None: a negative one of unknown rank, out of range, given twice."""
+    result = []
+    for axis in listed:
+        if not isinstance(axis, int):
+            return None
+        if axis < 0:
+            if rank is None:
+                return None
+            axis += rank
+        if axis < 0 or (rank is not None and axis >= rank):
+            return None
+        result.append(axis)
+    return tuple(result) if len(set(result)) == len(result) else None
+
+
+def _given(node: Node, name: str) -> AttributeProto | None:
+    found: AttributeProto | None = next((item for item in node.proto.attribute if item.name == name), None)
+    return found
+
+
+def _value(item: AttributeProto) -> Attribute | None:
+    if item.ref_attr_name:
+        return None
+    value: Attribute = helper.get_attribute_value(item)
+    return value
