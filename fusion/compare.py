@@ -2,13 +2,13 @@
 
 Integers, booleans and strings are equal exactly. Floats are equal within a number of units of their type's epsilon,
 measured against the magnitude of the element plus the typical magnitude of the whole tensor: a rewrite that adds up in
-another order moves small elements by rounding errors of the large ones. NaN and infinities have to lie at the same places.
+another order moves small elements by rounding errors of the large ones. NaN and infinities lie at the same places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -53,24 +53,28 @@ SAME = Comparison(True)
 
 
 def compare(
-    expected: Any, got: Any, dtype: np.dtype[Any] | None = None, *, rtol: float | None = None, atol: float | None = None
+    expected: Any,
+    got: Any,
+    dtype: np.dtype[Any] | None = None,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    slack: float = 1.0,
 ) -> Comparison:
     """Compare two values of one output.
 
     Args:
         expected: an array; or, for sequence, map and optional outputs, a list, a dict or None of them.
         got: the value to be judged.
-        dtype: element type whose precision bounds the error; by default that of `expected`. A narrower type helps
-            where a float output was computed in half precision.
+        dtype: a narrower float type in which the values were computed; by default that of `expected`.
         rtol: allowed relative error instead of the type's own.
         atol: absolute error that is allowed besides; 0 by default, because the typical magnitude already counts.
+        slack: factor on the type's own error; a given `rtol` is taken as it is.
 
     Returns:
         The comparison; never raises on data.
     """
-    if isinstance(expected, np.ndarray | np.generic) and isinstance(got, np.ndarray | np.generic):
-        return _arrays(np.asarray(expected), np.asarray(got), dtype, rtol, atol or 0.0)
-    return _structures(expected, got, dtype, rtol, atol)
+    return _Judge(dtype, rtol, atol or 0.0, slack).structures(expected, got)
 
 
 def worse(first: Comparison, second: Comparison) -> Comparison:
@@ -105,18 +109,52 @@ def _narrow(dtype: np.dtype[Any]) -> bool:
     return True
 
 
-def _arrays(expected: Array, got: Array, dtype: np.dtype[Any] | None, rtol: float | None, atol: float) -> Comparison:
-    if expected.dtype != got.dtype:
-        return Comparison(False, f"element type {expected.dtype} became {got.dtype}", np.inf)
-    if expected.shape != got.shape:
-        return Comparison(False, f"shape {list(expected.shape)} became {list(got.shape)}", np.inf)
-    if not expected.size:
-        return SAME
-    if not is_float(expected.dtype):
-        return _exactly(expected, got)
-    precision = dtype if dtype is not None else expected.dtype
-    allowed = tolerance(precision) if rtol is None else rtol
-    return _roughly(expected, got, allowed, atol, epsilon(precision))
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """The arguments of `compare` that stay the same on the way down into sequences and maps."""
+
+    dtype: np.dtype[Any] | None
+    rtol: float | None
+    atol: float
+    slack: float
+
+    def arrays(self, expected: Array, got: Array) -> Comparison:
+        if expected.dtype != got.dtype:
+            return Comparison(False, f"element type {expected.dtype} became {got.dtype}", np.inf)
+        if expected.shape != got.shape:
+            return Comparison(False, f"shape {list(expected.shape)} became {list(got.shape)}", np.inf)
+        if not expected.size:
+            return SAME
+        if not is_float(expected.dtype):
+            return _exactly(expected, got)
+        # The coarser of the two decides: a half-precision output of a model that computes in single stays half.
+        precision = max((d for d in (self.dtype, expected.dtype) if d is not None), key=epsilon)
+        allowed = tolerance(precision) * self.slack if self.rtol is None else self.rtol
+        return _roughly(expected, got, allowed, self.atol, epsilon(precision))
+
+    def structures(self, expected: Any, got: Any) -> Comparison:
+        """Compare sequences, maps and optional values element by element."""
+        if isinstance(expected, np.ndarray | np.generic) and isinstance(got, np.ndarray | np.generic):
+            return self.arrays(np.asarray(expected), np.asarray(got))
+        if isinstance(expected, Mapping) and isinstance(got, Mapping):
+            if expected.keys() != got.keys():
+                return Comparison(False, f"keys {sorted(map(str, expected))} became {sorted(map(str, got))}", np.inf)
+            pairs = [(f"[{key!r}]", expected[key], got[key]) for key in expected]
+        elif _is_list(expected) and _is_list(got):
+            if len(expected) != len(got):
+                return Comparison(False, f"a sequence of {len(expected)} became one of {len(got)}", np.inf)
+            pairs = [(f"[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, got, strict=True))]
+        elif type(expected) is not type(got):
+            return Comparison(False, f"{_kind(expected)} became {_kind(got)}", np.inf)
+        elif expected is None or isinstance(expected, str | bytes):
+            return SAME if expected == got else Comparison(False, f"{expected!r} became {got!r}", np.inf)
+        else:
+            return self.arrays(np.asarray(expected), np.asarray(got))
+        result = SAME
+        for place, a, b in pairs:
+            one = self.structures(a, b)
+            result = worse(result, replace(one, reason=f"{place}: {one.reason}") if one.reason else one)
+        return result
 
 
 def _exactly(expected: Array, got: Array) -> Comparison:
@@ -173,33 +211,6 @@ def _typical(magnitude: Array) -> float:
 
 def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, shape))
-
-
-def _structures(
-    expected: Any, got: Any, dtype: np.dtype[Any] | None, rtol: float | None, atol: float | None
-) -> Comparison:
-    """Compare sequences, maps and optional values element by element."""
-    if isinstance(expected, Mapping) and isinstance(got, Mapping):
-        if expected.keys() != got.keys():
-            return Comparison(False, f"keys {sorted(map(str, expected))} became {sorted(map(str, got))}", np.inf)
-        pairs = [(f"[{key!r}]", expected[key], got[key]) for key in expected]
-    elif _is_list(expected) and _is_list(got):
-        if len(expected) != len(got):
-            return Comparison(False, f"a sequence of {len(expected)} became one of {len(got)}", np.inf)
-        pairs = [(f"[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, got, strict=True))]
-    elif type(expected) is type(got):
-        if expected is None or expected == got:
-            return SAME
-        return compare(np.asarray(expected), np.asarray(got), dtype, rtol=rtol, atol=atol)
-    else:
-        return Comparison(False, f"{_kind(expected)} became {_kind(got)}", np.inf)
-    result = SAME
-    for place, a, b in pairs:
-        one = compare(a, b, dtype, rtol=rtol, atol=atol)
-        if one.reason:
-            one = Comparison(False, f"{place}: {one.reason}", one.error, one.epsilons, one.tolerance, one.where)
-        result = worse(result, one)
-    return result
 
 
 def _is_list(value: Any) -> bool:

@@ -30,19 +30,25 @@ class Session:
         engine: "onnxruntime" or "onnx reference".
     """
 
-    def __init__(self, source: Path | ModelProto, *, optimized: bool = False, threads: int = 1) -> None:
+    def __init__(
+        self, source: Path | ModelProto, *, optimized: bool = False, threads: int = 1, reference: bool = False
+    ) -> None:
         """Load `source`.
 
         Args:
             source: a file (its external data lies beside it), or a model with its weights inside.
             optimized: let onnxruntime rewrite the graph as it does by default; otherwise it runs what is written.
             threads: threads within an operator; one gives the same sums in every run.
+            reference: use the reference implementation at once.
 
         Raises:
             Refused: neither onnxruntime nor the reference implementation loads the model.
         """
         self._native: Any = None
         self._reference: ReferenceEvaluator | None = None
+        if reference:
+            self._load_reference(source, "")
+            return
         try:
             self._native = _onnxruntime(source, optimized, threads)
             self.engine = "onnxruntime"
