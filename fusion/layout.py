@@ -1,0 +1,401 @@
+"""Layout: an index map from coordinate axes to the axes of a source, as data.
+
+Every coordinate axis is a list of factors `(source axis, stride, size)`, outermost first, and
+
+    index[source axis a] = offset[a] + sum of (factor index * stride) over all factors on a
+
+A broadcast factor has source axis None and stride 0. Strides count steps of one source axis, not memory, so no product
+with unknown dimensions is formed. Kept canonical (no factor of size 1, neighbours merged), equal maps are equal tuples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from fusion.dims import Dim, broadcast, divide, lower, product
+
+Factor: TypeAlias = tuple[int | None, Dim, Dim]
+Axis: TypeAlias = tuple[Factor, ...]
+
+
+def merge_neighbours(factors: Iterable[Factor]) -> Axis:
+    """The canonical form of one axis: no factor of size 1, neighbours that run on into each other merged."""
+    merged: list[Factor] = []
+    for factor in factors:
+        axis, stride, size = factor
+        if size == 1:
+            continue
+        if merged:
+            last_axis, last_stride, last_size = merged[-1]
+            if last_axis == axis and last_stride == stride * size:
+                merged[-1] = (axis, stride, last_size * size)
+                continue
+        merged.append(factor)
+    return tuple(merged)
+
+
+def regroup(factors: Iterable[Factor], sizes: Iterable[Dim]) -> list[Axis] | None:
+    """Cut a list of factors into groups of the given sizes, in order, splitting factors by exact division.
+
+    None where a cut is not provably exact, or the sizes do not use up the factors.
+
+    >>> regroup([(0, 1, 12)], [3, 4])
+    [((0, 4, 3),), ((0, 1, 4),)]
+    """
+    left = list(merge_neighbours(factors))[::-1]
+    groups: list[Axis] = []
+    for size in sizes:
+        need = size
+        group: list[Factor] = []
+        while need != 1:
+            if not left:
+                return None
+            axis, stride, n = left.pop()
+            rest = _quotient(need, n)
+            if rest is not None:
+                group.append((axis, stride, n))
+                need = rest
+                continue
+            rest = _quotient(n, need)
+            if rest is None:
+                return None
+            group.append((axis, stride * rest, need))
+            left.append((axis, stride, rest))
+            need = 1
+        groups.append(tuple(group))
+    return None if left else groups
+
+
+def _quotient(a: Dim, b: Dim) -> Dim | None:
+    """a / b; None where not exact, or where a is 0: a group of an empty axis has no size to go by."""
+    return None if a == 0 else divide(a, b)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """An index map: for every coordinate, where in the source its element lies. Hashable; equal maps are equal tuples.
+
+    The operations return None where the result is no such map, or cannot be proved to be one. Axis numbers must be in
+    0..rank-1 (a new axis: in 0..new rank-1).
+
+    >>> heads = Layout.identity((2, 5, 12)).reshape((2, 5, 4, 3))
+    >>> heads.transpose((0, 2, 1, 3)).axes
+    (((0, 1, 2),), ((2, 3, 4),), ((1, 1, 5),), ((2, 1, 3),))
+    """
+
+    axes: tuple[Axis, ...]
+    """One entry per coordinate axis."""
+    offsets: tuple[Dim, ...]
+    """One per source axis."""
+    source: tuple[Dim, ...]
+    """The shape of the source."""
+
+    @staticmethod
+    def identity(shape: Sequence[Dim]) -> Layout:
+        """The layout of a value over itself."""
+        axes = tuple(() if size == 1 else ((axis, 1, size),) for axis, size in enumerate(shape))
+        return Layout(axes, (0,) * len(axes), tuple(shape))
+
+    @property
+    def shape(self) -> tuple[Dim, ...]:
+        """The sizes of the coordinate axes."""
+        return tuple(_size(axis) for axis in self.axes)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every coordinate axis is the source axis of the same number, whole."""
+        return self == Layout.identity(self.source)
+
+    # --- value operations: the layout of op(v) over the source of v ---------------------------------------------------
+
+    def transpose(self, perm: Sequence[int]) -> Layout:
+        """Axis i of the result is axis perm[i] of this."""
+        return Layout(tuple(self.axes[axis] for axis in perm), self.offsets, self.source)
+
+    def unsqueeze(self, axes: Sequence[int]) -> Layout:
+        """Insert axes of size 1; `axes` are their places in the result."""
+        result = list(self.axes)
+        for axis in sorted(axes):
+            result.insert(axis, ())
+        return Layout(tuple(result), self.offsets, self.source)
+
+    def squeeze(self, axes: Iterable[int]) -> Layout | None:
+        """Drop axes. An operator that does so has succeeded only if their size is 1: a symbol is taken as 1 then.
+
+        None where a size is a number other than 1.
+        """
+        dropped = set(axes)
+        if any(lower(_size(self.axes[axis])) >= 2 for axis in dropped):
+            return None
+        kept = tuple(factors for axis, factors in enumerate(self.axes) if axis not in dropped)
+        return Layout(kept, self.offsets, self.source)
+
+    def reshape(self, dims: Sequence[Dim]) -> Layout | None:
+        """The row-major elements regrouped to these sizes."""
+        if tuple(dims) == self.shape:
+            return self
+        groups = regroup((factor for axis in self.axes for factor in axis), dims)
+        return None if groups is None else self._with_axes(groups)
+
+    def expand(self, dims: Sequence[Dim]) -> Layout | None:
+        """numpy broadcasting of this shape and `dims` against each other."""
+        shape = self.shape
+        rank = max(len(shape), len(dims))
+        target = (1,) * (rank - len(dims)) + tuple(dims)
+        result: list[Axis] = []
+        for axis, size in enumerate(target):
+            factors = self.axes[axis - rank + len(shape)] if axis >= rank - len(shape) else ()
+            grown = _expand(factors, size)
+            if grown is None:
+                return None
+            result.append(grown)
+        return Layout(tuple(result), self.offsets, self.source)
+
+    def tile(self, repeats: Sequence[Dim]) -> Layout:
+        """Repeat the whole of each axis."""
+        pairs = zip(repeats, self.axes, strict=True)
+        return self._with_axes(((None, 0, count), *factors) for count, factors in pairs)
+
+    def slice(self, axis: int, start: Dim, length: Dim, step: int = 1) -> Layout | None:
+        """`length` elements of `axis`: start, start + step, …"""
+        decoded = _decode(self.axes[axis], start, [] if length == 1 else [(axis, step, length)])
+        if decoded is None:
+            return None
+        factors = (factor for image in decoded[0] for factor in image)
+        axes = (*self.axes[:axis], merge_neighbours(factors), *self.axes[axis + 1 :])
+        return Layout(axes, self._moved(decoded[1]), self.source)
+
+    def take(self, axis: int, index: Dim) -> Layout | None:
+        """The element `index` of `axis`; the axis disappears."""
+        cut = self.slice(axis, index, 1)
+        return None if cut is None else cut.squeeze((axis,))
+
+    # --- coordinates --------------------------------------------------------------------------------------------------
+
+    def compose(self, inner: Layout) -> Layout | None:
+        """self: coordinates to axes of v; inner: axes of v to axes of u. The result: coordinates to axes of u.
+
+        None where a factor of self does not provably fall on digits of the mixed radix in which inner reads that axis.
+        """
+        if len(self.source) != len(inner.axes):
+            raise ValueError(f"a layout over {len(self.source)} axes cannot read a value of {len(inner.axes)} axes")
+        moves: list[tuple[int, Dim]] = []
+        images: dict[Factor, list[Factor]] = {}
+        for axis, digits in enumerate(inner.axes):
+            parts = [factor for factors in self.axes for factor in factors if factor[0] == axis]
+            decoded = _decode(digits, self.offsets[axis], parts)
+            if decoded is None:
+                return None
+            images.update(zip(parts, decoded[0], strict=True))
+            moves += decoded[1]
+        axes = tuple(
+            merge_neighbours(image for factor in factors for image in images.get(factor, [factor]))
+            for factors in self.axes
+        )
+        return Layout(axes, inner._moved(moves), inner.source)
+
+    def broadcast_over(self, operand_shape: Sequence[Dim]) -> Layout | None:
+        """self: coordinates to v, where v is elementwise in an operand of this shape. The layout over the operand.
+
+        None where it cannot be told whether an axis of the operand is 1 or full.
+        """
+        missing = len(self.source) - len(operand_shape)
+        if missing < 0:
+            raise ValueError(f"an operand of {len(operand_shape)} axes does not broadcast to {len(self.source)}")
+        read = {axis for factors in self.axes for axis, _, _ in factors}
+        axis_of: list[int | None] = [None] * missing
+        for axis, (size, whole) in enumerate(zip(operand_shape, self.source[missing:], strict=True)):
+            if size == 1:
+                axis_of.append(None)
+            elif broadcast(size, whole) == size:
+                axis_of.append(axis)  # v has the size which the operand and v broadcast to
+            elif axis + missing not in read and self.offsets[axis + missing] == 0:
+                axis_of.append(axis)  # only index 0 is read, which is right for either size
+            else:
+                return None
+        return self.remap(operand_shape, axis_of)
+
+    def remap(self, source: Sequence[Dim], axis_of: Sequence[int | None], extra: Iterable[int] = ()) -> Layout:
+        """Rename source axes: `axis_of[i]` is the new number of axis i, None where it is only broadcast from now on.
+
+        For every axis in `extra`, a coordinate axis is appended which covers that axis of the new source whole.
+        """
+        offsets: list[Dim] = [0] * len(source)
+        for old, new in enumerate(axis_of):
+            if new is not None:
+                offsets[new] = offsets[new] + self.offsets[old]
+        axes = [[_rename(factor, axis_of) for factor in factors] for factors in self.axes]
+        axes.extend([(axis, 1, source[axis])] for axis in extra)
+        return Layout(tuple(merge_neighbours(factors) for factors in axes), tuple(offsets), tuple(source))
+
+    def permute(self, order: Sequence[int]) -> Layout:
+        """Choose and reorder coordinate axes; an axis left out must be broadcast (ValueError otherwise)."""
+        for axis in range(len(self.axes)):
+            if axis not in order and self.depends(axis):
+                raise ValueError(f"axis {axis} of {self.axes} reads the source: it cannot be dropped")
+        return Layout(tuple(self.axes[axis] for axis in order), self.offsets, self.source)
+
+    def split(self, axis: int, sizes: Sequence[Dim]) -> Layout | None:
+        """One coordinate axis cut into several, outermost first."""
+        groups = regroup(self.axes[axis], sizes)
+        return None if groups is None else self._with_axes((*self.axes[:axis], *groups, *self.axes[axis + 1 :]))
+
+    def merge(self, start: int, stop: int) -> Layout:
+        """The coordinate axes start..stop-1 as one; an axis of size 1 is inserted where there are none."""
+        joined = tuple(factor for factors in self.axes[start:stop] for factor in factors)
+        return self._with_axes((*self.axes[:start], joined, *self.axes[stop:]))
+
+    def whole(self, axis: int) -> int | None:
+        """The source axis which this coordinate axis covers exactly and alone, in order and from 0; None if none."""
+        factors = self.axes[axis]
+        if len(factors) != 1:
+            return None
+        source_axis, stride, size = factors[0]
+        if source_axis is None or stride != 1 or self.offsets[source_axis] != 0 or size != self.source[source_axis]:
+            return None
+        readers = sum(factor[0] == source_axis for factors in self.axes for factor in factors)
+        return source_axis if readers == 1 else None
+
+    def depends(self, axis: int) -> bool:
+        """Whether the coordinate axis reads the source at all; False where it is only broadcast."""
+        return any(source_axis is not None for source_axis, _, _ in self.axes[axis])
+
+    def _moved(self, moves: Iterable[tuple[int, Dim]]) -> tuple[Dim, ...]:
+        """The offsets after moving some of them by a distance."""
+        offsets = list(self.offsets)
+        for axis, distance in moves:
+            offsets[axis] = offsets[axis] + distance
+        return tuple(offsets)
+
+    def _with_axes(self, axes: Iterable[Iterable[Factor]]) -> Layout:
+        return Layout(tuple(merge_neighbours(factors) for factors in axes), self.offsets, self.source)
+
+
+def _size(factors: Axis) -> Dim:
+    if len(factors) == 1:
+        return factors[0][2]
+    return product(size for _, _, size in factors)
+
+
+def _rename(factor: Factor, axis_of: Sequence[int | None]) -> Factor:
+    axis, stride, size = factor
+    new = None if axis is None else axis_of[axis]
+    return (None, 0, size) if new is None else (new, stride, size)
+
+
+def _expand(factors: Axis, size: Dim) -> Axis | None:
+    """One axis broadcast against `size`."""
+    if size == 1:
+        return factors
+    if not factors:
+        return ((None, 0, size),)
+    own = _size(factors)
+    # Equal to what both broadcast to in every run, the axis is not stretched.
+    return factors if broadcast(own, size) == own else None
+
+
+Decoded: TypeAlias = tuple[list[list[Factor]], list[tuple[int, Dim]]]
+"""What each factor becomes, and how far the offsets of source axes move."""
+
+
+def _decode(digits: Axis, offset: Dim, parts: Sequence[Factor]) -> Decoded | None:
+    """Read `offset + sum of (factor index * stride)` in the mixed radix whose digits are `digits`.
+
+    None where a part cannot be told apart into digits, or digits might carry.
+    """
+    if not digits:
+        return ([[] for _ in parts], []) if offset == 0 and not parts else None
+    if len(digits) == 1:  # linear, whatever the offset and the strides
+        axis, stride, _ = digits[0]
+        if axis is None:
+            return [[(None, 0, size)] for _, _, size in parts], []
+        return [[(axis, stride * step, size)] for _, step, size in parts], [(axis, stride * offset)]
+    place = product(size for _, _, size in digits[1:])
+    high: list[list[Factor]] = []
+    low: list[list[Factor]] = []
+    for part in parts:
+        cut = _straddle(part, place)
+        if cut is None:
+            return None
+        high.append(cut[0])
+        low.append(cut[1])
+    below = [factor for group in low for factor in group]
+    split = _split_offset(offset, below, place)
+    if split is None:
+        return None
+    upper_digit = _decode(digits[:1], split[0], [factor for group in high for factor in group])
+    lower_digits = _decode(digits[1:], split[1], below)
+    if upper_digit is None or lower_digits is None:
+        return None
+    upper_images, lower_images = iter(upper_digit[0]), iter(lower_digits[0])
+    images = []
+    for above, under in zip(high, low, strict=True):
+        image = [factor for _ in above for factor in next(upper_images)]
+        image += [factor for _ in under for factor in next(lower_images)]
+        images.append(image)
+    return images, upper_digit[1] + lower_digits[1]
+
+
+def _straddle(part: Factor, place: Dim) -> tuple[list[Factor], list[Factor]] | None:
+    """Cut a factor into what counts multiples of `place` (in units of it) and what stays below; None if neither."""
+    axis, stride, size = part
+    above = divide(stride, place)
+    if above is not None:
+        return [(axis, above, size)], []
+    backwards = _is_negative(stride)
+    step = -stride if backwards else stride
+    if lower(step) < 0:
+        return None
+    if divide(place, step * size) is not None or lower(place - 1 - step * (size - 1)) >= 0:
+        return [], [part]
+    within = divide(place, step)
+    blocks = None if within is None else divide(size, within)
+    if within is None or blocks is None:
+        return None
+    return [(axis, -1 if backwards else 1, blocks)], [(axis, stride, within)]
+
+
+def _is_negative(stride: Dim) -> bool:
+    return isinstance(stride, int) and stride < 0
+
+
+def _split_offset(offset: Dim, low: Sequence[Factor], place: Dim) -> tuple[Dim, Dim] | None:
+    """(multiple of `place`, rest) such that the rest and all of `low` together stay in 0..place-1; None if unproved."""
+    least: Dim = 0
+    most: Dim = 0
+    for _, stride, size in low:
+        if _is_negative(stride):
+            least = least + stride * (size - 1)
+        else:
+            most = most + stride * (size - 1)
+    if place == 0:
+        return None
+    if isinstance(offset, int) and isinstance(place, int) and isinstance(most, int) and isinstance(least, int):
+        block = (offset + least) // place
+        rest = offset - block * place
+        return (block, rest) if rest + most < place else None
+    exact = divide(offset, place)
+    if exact is not None and least == 0 and _nested(low, place):
+        return exact, 0
+    start: Dim = 0 if exact is None else exact * place
+    if lower(offset + least - start) >= 0 and lower(start + place - 1 - offset - most) >= 0:
+        return 0 if exact is None else exact, offset - start
+    return None
+
+
+def _nested(parts: Sequence[Factor], place: Dim) -> bool:
+    """Whether all factors can be ordered so that each runs inside one step of the one before: no sum carries then."""
+    outer = place
+    left = list(parts)
+    while left:
+        for i, (_, stride, size) in enumerate(left):
+            others = left[:i] + left[i + 1 :]
+            fits = divide(outer, stride * size) is not None
+            if fits and all(divide(stride, inner * n) is not None for _, inner, n in others):
+                outer, left = stride, others
+                break
+        else:
+            return False
+    return True
