@@ -33,3 +33,8 @@ def defaults(op: str, domain: str, version: int) -> dict[str, AttributeProto]:
         if proto.name:
             found[name] = proto
     return found
+
+
+def knows(op: str, domain: str, version: int) -> bool:
+    """Whether the runtime has a schema for the operator at this opset."""
+    return any(since <= version for since in _schemas().get((domain, op), {}))
