@@ -37,9 +37,9 @@ _UNCHECKED = "onnx-fusion.unchecked"  # a domain that onnx's checker does not kn
 _TOP_LEVEL = {field.number: field for field in ModelProto.DESCRIPTOR.fields}
 
 
-def unreadable(label: str, data: wire.Buffer, error: Exception) -> ModelError:
+def unreadable(label: str, data: wire.Readable, error: Exception) -> ModelError:
     """Return the error for bytes that are no ModelProto."""
-    start = bytes(data[:64])
+    start = data.read(0, min(64, len(data)))
     if not start:
         return ModelError(f"{label} is empty: fetch or export it again")
     for prefix, what in _OTHERS.items():
@@ -57,12 +57,12 @@ def unreadable(label: str, data: wire.Buffer, error: Exception) -> ModelError:
     return ModelError(f"{label} is not an ONNX file: give a binary .onnx model, as onnx.save writes it")
 
 
-def _begins_like_a_model(data: wire.Buffer) -> bool:
+def _begins_like_a_model(data: wire.Readable) -> bool:
     try:
         first = next(wire.fields(data, 0, len(data)), None)
     except wire.WireError as error:
         # The first field may be the graph, cut off: its tag alone says what it is.
-        tag = data[0]
+        tag = data.read(0, 1)[0]
         return error.offset == 0 and tag >> 3 in _TOP_LEVEL and tag & 7 == _wire(tag >> 3)
     return first is not None and first.number in _TOP_LEVEL and first.wire == _wire(first.number)
 
@@ -72,8 +72,10 @@ def _wire(number: int) -> int:
     return wire.VARINT if field.cpp_type in (field.CPPTYPE_INT64, field.CPPTYPE_INT32) else wire.BYTES
 
 
-def validate(proto: ModelProto, label: str) -> list[str]:
+def validate(proto: ModelProto, shell: bytes, label: str) -> list[str]:
     """Check the shell of a model with onnx's checker, and put its nodes in order where they are not.
+
+    `shell` is `proto`, serialized.
 
     Operators that onnxruntime registers in the standard domains (SimplifiedLayerNormalization) pass; so do elided and
     external tensors, whose data the caller checks. Returns what was put right, one sentence each.
@@ -81,21 +83,21 @@ def validate(proto: ModelProto, label: str) -> list[str]:
     Raises:
         ModelError: the checker rejects the model, a value has no definition, or the nodes form a cycle.
     """
-    problem = _rejection(proto)
+    problem = _rejection(shell)
     if problem is None:
         return []
     notes = []
     if sort(proto, label):
         notes.append("its nodes were not in topological order: they were sorted")
-        problem = _rejection(proto)
+        problem = _rejection(proto.SerializeToString())
     if problem is not None:
         raise ModelError(f"{label}: onnx's checker rejects the model: {problem}")
     return notes
 
 
-def _rejection(proto: ModelProto) -> str | None:
+def _rejection(shell: bytes) -> str | None:
     """Return why onnx's checker rejects a shell, in one line; None where it does not, or where no runtime would."""
-    data = _without_data(proto.SerializeToString())
+    data = _without_data(shell)
     message = _ask(data)
     if message is not None:
         message = _ask(_forgiven(data))
@@ -125,7 +127,8 @@ def _without_data(shell: bytes) -> bytes:
             return None
         return [TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]).SerializeToString()]
 
-    return payload.join(wire.replace_tensors(shell, payload.occurrences(shell, b"\x0a\x08location"), edit))
+    pieces = wire.replace_tensors(payload.BytesStore(shell), payload.occurrences(shell, payload.LOCATION), edit)
+    return payload.join(pieces)
 
 
 def _forgiven(data: bytes) -> bytes:

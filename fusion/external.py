@@ -79,7 +79,7 @@ def references(shell: bytes, label: str = "the model") -> list[Reference]:
         if is_external(tensor):
             found.append(Reference(tensor, label))
 
-    wire.replace_tensors(shell, payload.occurrences(shell, b"\x0a\x08location"), collect)
+    wire.replace_tensors(payload.BytesStore(shell), payload.occurrences(shell, payload.LOCATION), collect)
     return found
 
 

@@ -133,7 +133,7 @@ class Model:
         """Whether the shell says what the source says."""
         if self.edited:
             return False
-        again = ModelProto.FromString(payload.elide(self._store.view(), self._store))
+        again = ModelProto.FromString(payload.elide(self._store))
         if self.notes:
             check.sort(again)
         return bool(again.SerializeToString() == self.serialized())
@@ -200,14 +200,14 @@ def save(model: Model, destination: str | os.PathLike[str]) -> None:
 def _load(store: payload.Store, path: Path | None, directory: Path | None, kind: str, validate: bool) -> Model:
     label = str(path) if path else "the model"
     try:
-        shell = payload.elide(store.view(), store)
+        shell = payload.elide(store)
         model = Model(store, ModelProto.FromString(shell), path=path, directory=directory, kind=kind)
     except (wire.WireError, DecodeError) as error:
-        raise check.unreadable(label, store.view(), error) from None
+        raise check.unreadable(label, store, error) from None
     if not model.proto.HasField("graph"):
-        raise check.unreadable(label, store.view(), ValueError("no graph"))
+        raise check.unreadable(label, store, ValueError("no graph"))
     if validate:
-        model.notes = check.validate(model.proto, label)
+        model.notes = check.validate(model.proto, shell, label)
         if directory is not None:
             for reference in external.references(shell, label):
                 reference.file(directory)

@@ -73,7 +73,7 @@ def _locations_in(path: Path) -> set[str]:
     """Return the data files of the model that is about to be replaced; none where there is no readable model."""
     try:
         store = payload.FileStore(path)
-        shell = payload.elide(store.view(), store)
+        shell = payload.elide(store)
         return {reference.location for reference in external.references(shell)}
     except (OSError, ValueError, DecodeError, ModelError):
         return set()
@@ -108,7 +108,7 @@ def _spill(shell: bytes, destination: Path, taken: set[str], files: _Files) -> b
         return [outside.SerializeToString()]
 
     try:
-        pieces = wire.replace_tensors(shell, payload.occurrences(shell, payload.MARKER.encode()), edit)
+        pieces = wire.replace_tensors(payload.BytesStore(shell), payload.occurrences(shell, payload.MARKER), edit)
     finally:
         if data is not None:
             data.close()

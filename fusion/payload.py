@@ -8,7 +8,6 @@ converter keeps external data but drops fields it does not know); a program that
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import weakref
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from fusion.errors import ModelError
 
 ELIDED_ABOVE = 1024  # bytes; smaller payloads are shapes, axes and scalars, which patterns read
 MARKER = "onnx-fusion://"
+LOCATION = "\x0a\x08location"  # how an entry of external data begins in the file: markers, and real ones
 _CHUNK = 1 << 20
 
 _NUMBER = {field.name: field.number for field in TensorProto.DESCRIPTOR.fields}
@@ -58,10 +58,6 @@ class Store:
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes; a ModelError where there are fewer."""
         raise NotImplementedError
-
-    def view(self) -> wire.Buffer:
-        """Return all bytes, for a look here and there."""
-        return self.read(0, len(self))
 
     def copy(self, offset: int, length: int, file: IO[bytes]) -> None:
         """Write `length` bytes to `file`, which is open for writing and has been flushed."""
@@ -114,11 +110,6 @@ class FileStore(Store):
             offset, length = offset + len(chunk), length - len(chunk)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    def view(self) -> wire.Buffer:
-        if not self.size:
-            return b""  # which cannot be mapped
-        return memoryview(mmap.mmap(self.descriptor, self.size, access=mmap.ACCESS_READ))
-
     def copy(self, offset: int, length: int, file: IO[bytes]) -> None:
         file.flush()
         while length and hasattr(os, "copy_file_range"):
@@ -160,7 +151,7 @@ def write(pieces: Sequence[wire.Piece], file: IO[bytes]) -> None:
         if isinstance(piece, Payload):
             piece.copy_to(file)
         else:
-            assert isinstance(piece, bytes | memoryview)
+            assert isinstance(piece, bytes)
             file.write(piece)
 
 
@@ -215,14 +206,14 @@ def _payloads(text: str, name: str) -> list[Payload]:
 # -- a model without payloads, and back -------------------------------------------------------------------------------
 
 
-def elide(buffer: wire.Buffer, store: Store) -> bytes:
-    """Return the serialized model in `buffer` with a marker in place of every payload above `ELIDED_ABOVE` bytes.
+def elide(store: Store) -> bytes:
+    """Return the serialized model in `store` with a marker in place of every payload above `ELIDED_ABOVE` bytes.
 
-    `store` has the same bytes at the same offsets. Raises wire.WireError where the bytes are no message.
+    Raises wire.WireError where the bytes are no message.
     """
 
     def edit(start: int, stop: int) -> list[wire.Piece] | None:
-        found = list(wire.fields(buffer, start, stop))
+        found = list(wire.fields(store, start, stop))
         large = {field.number for field in found if field.stop - field.start > ELIDED_ABOVE} & _PAYLOADS
         if not large or any(
             field.number in (_EXTERNAL_DATA, _DATA_LOCATION)  # keeps its data elsewhere, or says so
@@ -233,27 +224,25 @@ def elide(buffer: wire.Buffer, store: Store) -> bytes:
         chunks = [Payload(store, f.number, f.start, f.stop - f.start) for f in found if f.number in large]
         marker = TensorProto()
         mark(marker, chunks)
-        kept: list[wire.Piece] = [view[field.tag : field.stop] for field in found if field.number not in large]
+        kept: list[wire.Piece] = [store.read(f.tag, f.stop - f.tag) for f in found if f.number not in large]
         return [*kept, marker.SerializeToString()]
 
-    view = memoryview(buffer)
-    return join(wire.replace_tensors(buffer, lambda start, stop: stop - start > ELIDED_ABOVE, edit))
+    return join(wire.replace_tensors(store, lambda start, stop: stop - start > ELIDED_ABOVE, edit))
 
 
 def restore(shell: bytes) -> list[wire.Piece]:
     """Return a serialized shell with its payloads again where the markers are, as pieces to be written."""
-    view = memoryview(shell)
 
     def edit(start: int, stop: int) -> list[wire.Piece] | None:
         chunks: list[Payload] = []
         parts: list[tuple[int, wire.Piece]] = []
-        for field in wire.fields(shell, start, stop):
+        for field in wire.fields(data, start, stop):
             if field.number == _EXTERNAL_DATA:
                 entry = StringStringEntryProto.FromString(shell[field.start : field.stop])
                 if entry.value.startswith(MARKER):
                     chunks = _payloads(entry.value, TensorProto.FromString(shell[start:stop]).name)
                     continue
-            parts.append((field.number, view[field.tag : field.stop]))
+            parts.append((field.number, shell[field.tag : field.stop]))
         if not chunks:
             return None
         parts = [part for part in parts if part[0] != _DATA_LOCATION]
@@ -262,20 +251,21 @@ def restore(shell: bytes) -> list[wire.Piece]:
         parts.sort(key=lambda part: part[0])  # the order in which protobuf writes fields; stable, so chunks keep theirs
         return [piece for _, piece in parts]
 
-    return wire.replace_tensors(shell, occurrences(shell, MARKER.encode()), edit)
+    data = BytesStore(shell)
+    return wire.replace_tensors(data, occurrences(shell, MARKER), edit)
 
 
-def occurrences(buffer: bytes, text: bytes) -> _Occurrences:
+def occurrences(data: bytes, text: str) -> wire.Wanted:
     """Return a question to put, in ascending order of positions: does `text` occur between these two?"""
-    return _Occurrences(buffer, text)
+    return _Occurrences(data, text.encode())
 
 
 class _Occurrences:
-    def __init__(self, buffer: bytes, text: bytes) -> None:
-        self.buffer, self.text = buffer, text
-        self.next = buffer.find(text)
+    def __init__(self, data: bytes, text: bytes) -> None:
+        self.data, self.text = data, text
+        self.next = data.find(text)
 
     def __call__(self, start: int, stop: int) -> bool:
         while 0 <= self.next < start:
-            self.next = self.buffer.find(self.text, start)
+            self.next = self.data.find(self.text, start)
         return 0 <= self.next < stop

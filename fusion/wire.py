@@ -8,15 +8,28 @@ the messages around it anew. Nothing is decoded, and no payload is touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sized
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from onnx import ModelProto
 
-Buffer = bytes | memoryview
 Piece = Sized  # bytes, a memoryview, or something with a length that knows how to write itself
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 DEEPEST = 100  # protobuf's own limit on nested messages
+_WINDOW = 1 << 16  # bytes read at a time. A mapped file would do, but then the kernel counts megabytes around each look
+_HEAD = 20  # bytes that tag and length take at most
+
+
+class Readable(Protocol):
+    """Bytes in a file or in memory."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, offset: int, length: int) -> bytes: ...
+
+
+Wanted = Callable[[int, int], bool]
+Edit = Callable[[int, int], list[Piece] | None]
 
 
 class WireError(ValueError):
@@ -42,59 +55,54 @@ class Field(NamedTuple):
     stop: int
 
 
-def fields(buffer: Buffer, start: int, stop: int) -> Iterator[Field]:
-    """Step through the fields of the message that lies in `buffer[start:stop]`.
+def fields(data: Readable, start: int, stop: int) -> Iterator[Field]:
+    """Step through the fields of the message that lies in `data` from `start` to `stop`.
 
     Raises:
         WireError: the bytes are no message.
     """
-    at = start
+    at, base, window = start, start, b""
     while at < stop:
-        tag_at = at
-        tag = buffer[at]
-        at += 1
+        here = at - base
+        if here + _HEAD > len(window) and base + len(window) < stop:
+            window, base, here = data.read(at, min(_WINDOW, stop - at)), at, 0
+        tag = window[here]
+        value = here + 1
         if tag >= 0x80:
-            tag, at = _varint(buffer, tag_at, stop)
+            tag, value = _varint(window, here, base)
         wire = tag & 7
         if wire == BYTES:
-            if at >= stop:
-                raise WireError("a field without its length", tag_at, truncated=True)
-            length = buffer[at]
-            at += 1
+            # Most are short; a window that ends here is a file that does.
+            length, value = window[value] if value < len(window) else 0x80, value + 1
             if length >= 0x80:
-                length, at = _varint(buffer, at - 1, stop)
-            end = at + length
+                length, value = _varint(window, value - 1, base)
         elif wire == VARINT:
-            end = _varint(buffer, at, stop)[1]
+            length = _varint(window, value, base)[1] - value
         elif wire == FIXED32:
-            end = at + 4
+            length = 4
         elif wire == FIXED64:
-            end = at + 8
+            length = 8
         else:
-            raise WireError(f"wire type {wire}, which no model uses", tag_at)
+            raise WireError(f"wire type {wire}, which no model uses", at)
         if tag < 8:
-            raise WireError("a field with the number 0", tag_at)
-        if end > stop:
-            raise WireError(f"a field of {end - at} bytes where {stop - at} are left", tag_at, truncated=True)
-        yield Field(tag >> 3, wire, tag_at, at, end)
-        at = end
+            raise WireError("a field with the number 0", at)
+        begin = base + value
+        if begin + length > stop:
+            raise WireError(f"a field of {length:,} bytes where {stop - begin:,} are left", at, truncated=True)
+        yield Field(tag >> 3, wire, at, begin, begin + length)
+        at = begin + length
 
 
-def _varint(buffer: Buffer, at: int, stop: int) -> tuple[int, int]:
+def _varint(window: bytes, at: int, base: int) -> tuple[int, int]:
     """Return the number that starts at `at`, and where it stops."""
     value, shift = 0, 0
-    for position in range(at, min(stop, at + 10)):
-        byte = buffer[position]
+    for position in range(at, min(len(window), at + 10)):
+        byte = window[position]
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position + 1
         shift += 7
-    raise WireError("a number without an end", at, truncated=stop - at < 10)
-
-
-def number(buffer: Buffer, field: Field) -> int:
-    """Return the value of a field of wire type VARINT."""
-    return _varint(buffer, field.start, field.stop)[0]
+    raise WireError("a number without an end", base + at, truncated=len(window) - at < 10)
 
 
 def varint(value: int) -> bytes:
@@ -112,15 +120,11 @@ def header(field_number: int, length: int) -> bytes:
     return varint(field_number << 3 | BYTES) + varint(length)
 
 
-def replace_tensors(
-    buffer: Buffer,
-    wanted: Callable[[int, int], bool],
-    edit: Callable[[int, int], list[Piece] | None],
-) -> list[Piece]:
-    """Return the serialized model in `buffer` with other tensors, as pieces to be written one after the other.
+def replace_tensors(data: Readable, wanted: Wanted, edit: Edit) -> list[Piece]:
+    """Return the serialized ModelProto in `data` with other tensors, as pieces to be written one after the other.
 
     Args:
-        buffer: a serialized ModelProto.
+        data: a serialized ModelProto.
         wanted: whether a message at these positions may hold a tensor to replace; only such messages are entered.
         edit: the new content of the TensorProto at these positions, or None to leave it. Tensors inside sparse tensors
             are not offered: index and value tensors depend on each other.
@@ -128,27 +132,20 @@ def replace_tensors(
     Raises:
         WireError: the bytes are no message.
     """
-    changed = _replace(buffer, "ModelProto", 0, len(buffer), wanted, edit, DEEPEST)
-    return [buffer] if changed is None else changed[0]
+    changed = _replace(data, "ModelProto", 0, len(data), wanted, edit, DEEPEST)
+    return [data.read(0, len(data))] if changed is None else changed[0]
 
 
 def _replace(
-    buffer: Buffer,
-    message: str,
-    start: int,
-    stop: int,
-    wanted: Callable[[int, int], bool],
-    edit: Callable[[int, int], list[Piece] | None],
-    depth: int,
+    data: Readable, message: str, start: int, stop: int, wanted: Wanted, edit: Edit, depth: int
 ) -> tuple[list[Piece], int] | None:
     """Return the pieces of one message and their total length, or None where it stays as it is."""
     if not depth:
         raise WireError("messages nested too deep", start)
     children = _CHILDREN[message]
-    view = memoryview(buffer)
     pieces: list[Piece] = []
     size, kept = 0, start
-    for field in fields(buffer, start, stop):
+    for field in fields(data, start, stop):
         child = children.get(field.number)
         if child is None or field.wire != BYTES or not wanted(field.start, field.stop):
             continue
@@ -156,16 +153,16 @@ def _replace(
             content = edit(field.start, field.stop)
             inner = None if content is None else (content, sum(len(piece) for piece in content))
         else:
-            inner = _replace(buffer, child, field.start, field.stop, wanted, edit, depth - 1)
+            inner = _replace(data, child, field.start, field.stop, wanted, edit, depth - 1)
         if inner is None:
             continue
         head = header(field.number, inner[1])
-        pieces += (view[kept : field.tag], head, *inner[0])
+        pieces += (data.read(kept, field.tag - kept), head, *inner[0])
         size += field.tag - kept + len(head) + inner[1]
         kept = field.stop
     if not pieces:
         return None
-    pieces.append(view[kept:stop])
+    pieces.append(data.read(kept, stop - kept))
     return pieces, size + stop - kept
 
 
