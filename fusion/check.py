@@ -83,6 +83,11 @@ def validate(proto: ModelProto, shell: bytes, label: str) -> list[str]:
     Raises:
         ModelError: the checker rejects the model, a value has no definition, or the nodes form a cycle.
     """
+    for imported in proto.opset_import:
+        if not 0 < imported.version < 2**31:
+            raise ModelError(
+                f"{label} is damaged: it imports version {imported.version} of {imported.domain or 'ONNX'!r}"
+            )
     problem = _rejection(shell)
     if problem is None:
         return []
@@ -177,6 +182,8 @@ def _only_runtime_knows(node: NodeProto, versions: dict[str, int]) -> bool:
         return False
     try:
         defs.get_schema(node.op_type, version, domain)
+    except TypeError:  # a name that is no UTF-8 text comes as bytes
+        return False
     except defs.SchemaError:
         return registry.knows(node.op_type, domain, version)
     return False

@@ -207,7 +207,10 @@ def _load(store: payload.Store, path: Path | None, directory: Path | None, kind:
     if not model.proto.HasField("graph"):
         raise check.unreadable(label, store, ValueError("no graph"))
     if validate:
-        model.notes = check.validate(model.proto, shell, label)
+        try:
+            model.notes = check.validate(model.proto, shell, label)
+        except UnicodeDecodeError:  # in the checker's own message
+            raise ModelError(f"{label} is damaged: a name in it is no UTF-8 text; fetch or export it again") from None
         if directory is not None:
             for reference in external.references(shell, label):
                 reference.file(directory)

@@ -89,7 +89,7 @@ def defaults(op: str, domain: str, version: int) -> dict[str, Attribute]:
     """Return the default of every attribute that has one; empty where no schema is known. Shared: do not modify."""
     try:
         schema = defs.get_schema(op, version, domain)
-    except defs.SchemaError:
+    except (defs.SchemaError, TypeError):  # TypeError: a name that is no UTF-8 text comes as bytes
         return {
             name: helper.get_attribute_value(proto) for name, proto in registry.defaults(op, domain, version).items()
         }
