@@ -164,6 +164,12 @@ def paused_collection() -> Iterator[None]:
 class Graph:
     """The index of one model. Edits are journalled; `commit` ends the life of the index.
 
+    Attributes:
+        model: the model.
+        scopes: the main graph first, bodies after the graph that holds them.
+        by_op: nodes by `Node.key`, in order.
+        constants: constants that rewrites added, by content.
+
     Args:
         model: the model, whose shell is indexed.
 
@@ -175,6 +181,7 @@ class Graph:
         self.model = model
         self.scopes: list[Scope] = []
         self.by_op: dict[str, dict[Node, None]] = {}
+        self.constants: dict[object, Value] = {}
         self._names: set[str] = set()
         self._fresh = 0
         self._sequence = 0

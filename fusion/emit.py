@@ -1,0 +1,414 @@
+"""Emission: what a pattern's emission function sees of a match, and the nodes it asks for.
+
+An emission runs before anything is edited. It builds a list of new nodes over existing values; what does not hold is
+raised as `Unmet` and becomes a miss. Captures are passed to operators as they are: the value that lies in the graph with
+the axes of the capture is looked up, and only `found.arranged(...)` may insert nodes that rearrange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from fusion.dims import Dim
+from fusion.facts import Facts
+from fusion.graph import Graph, Node, Value
+from fusion.layout import Layout
+from fusion.match import Entry, Miss, State
+from fusion.place import before, int64, place, shape_items, standing
+from fusion.plan import Plan
+from fusion.region import Region
+from fusion.targets import Target
+from fusion.terms import Ref
+from fusion.verdict import Verdict
+from fusion.view import View
+
+MICROSOFT = "com.microsoft"
+
+
+class Unmet(Exception):
+    """An obligation of an emission that does not hold."""
+
+    def __init__(self, text: str, *, kind: str = "requirement", verdict: Verdict = Verdict.NO, place: str = "") -> None:
+        super().__init__(text)
+        self.miss = Miss(kind, text, verdict, 1, place)
+
+
+@dataclass(eq=False, slots=True)
+class New:
+    """An output of a node that is still to be made, or a constant that is still to be added.
+
+    Attributes:
+        tensor: the constant.
+        parts: weights, each with a permutation or None, that are put together along `axis` when the model is written.
+    """
+
+    dtype: int | None
+    shape: tuple[Dim, ...] | None = None
+    tensor: TensorProto | None = None
+    parts: tuple[tuple[TensorProto, tuple[int, int] | None], ...] = ()
+    axis: int = 0
+
+
+Operand = Value | New | None
+
+
+@dataclass(eq=False, slots=True)
+class NewNode:
+    """A node that is still to be made."""
+
+    op: str
+    domain: str
+    inputs: list[Operand]
+    outputs: list[New]
+    attributes: dict[str, object]
+    shared: bool = False
+
+
+@dataclass(eq=False)
+class Found:
+    """A match, as an emission sees it: captures are attributes.
+
+    Attributes:
+        root: the value matched; `ref` sees it with the axes of the result.
+        plan: what matched.
+        state: what it bound.
+    """
+
+    view: View
+    plan: Plan
+    ref: Ref
+    root: Value
+    state: State
+    region: Region
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self.plan.captures:
+            raise AttributeError(name)
+        bound = self.state.bound.get(name)
+        if isinstance(bound, Ref):
+            return Captured(self, name, bound)
+        return bound
+
+    @property
+    def facts(self) -> Facts:
+        return self.view.facts
+
+    @property
+    def node(self) -> Node:
+        """The node that computes the root."""
+        assert self.root.producer is not None
+        return self.root.producer
+
+    @property
+    def dtype(self) -> int:
+        """The dtype of the root."""
+        dtype = self.facts.dtype(self.root)
+        if dtype is None:
+            raise Unmet(f"the dtype of {self.root.name} is unknown", kind="dtype", verdict=Verdict.UNKNOWN)
+        return dtype
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operators in the root's scope."""
+        return self.node.scope.opsets.get("", 1)
+
+    def require(self, holds: bool | Verdict | None, text: str) -> None:
+        """Raise Unmet unless `holds`; None and UNKNOWN do not."""
+        verdict = holds if isinstance(holds, Verdict) else Verdict.of(holds)
+        if verdict is not Verdict.YES:
+            raise Unmet(text, verdict=verdict, place=self.root.name)
+
+    def require_order(self, inputs: Iterable[Value]) -> None:
+        """Every input is computed before the root, and before what is kept: else the new node would close a cycle."""
+        kept = [ref.value.producer for ref in self.state.kept.values() if ref.value.producer is not None]
+        at = min([self.node, *kept], key=lambda node: node.position)
+        late = [value.name for value in inputs if not before(value, at)]
+        self.require(not late, f"{', '.join(late)} is computed after {at.label}")
+
+    def require_gain(self, nodes: Iterable[NewNode]) -> None:
+        """A rewrite replaces more nodes than it adds; what it shares with other matches does not count."""
+        own = sum(not node.shared for node in nodes)
+        self.require(own < len(self.region.core), f"{own} new nodes would replace {len(self.region.core)}")
+
+    def size(self, letter: str) -> int:
+        """The size of a letter; raises Unmet where it is not a known number."""
+        dims = self.dims(letter)
+        if len(dims) != 1 or not isinstance(dims[0], int):
+            raise Unmet(f"the size of {letter} is not a known number ({' '.join(map(str, dims))})", kind="dimension",
+                        verdict=Verdict.UNKNOWN, place=self.root.name)
+        return dims[0]
+
+    def dims(self, letter: str) -> tuple[Dim, ...]:
+        """The dimensions a letter of the result stands for."""
+        positions = self.state.letters[letter]
+        return tuple(self.ref.layout.shape[position] for position in positions)
+
+    def count(self, letter: str) -> int:
+        """How many axes a letter stands for."""
+        return len(self.dims(letter))
+
+    @property
+    def rank(self) -> int:
+        """The rank of the root."""
+        return len(self.ref.layout.source)
+
+
+@dataclass(eq=False, slots=True)
+class Captured:
+    """A tensor capture of a match."""
+
+    found: Found
+    name: str
+    ref: Ref
+
+    @property
+    def value(self) -> Value:
+        """The source: the nearest value that is not a rearrangement."""
+        return self.ref.value
+
+    @property
+    def shape(self) -> tuple[Dim, ...]:
+        """Its shape in the axes of the capture."""
+        return self.ref.layout.shape
+
+    def standing(self, dtype: int | None) -> Value:
+        """The value of the graph that lies in the axes of the capture, with this dtype.
+
+        Raises:
+            Unmet: there is none.
+        """
+        value = standing(self.found.view, self.ref, dtype, self.found.node)
+        if value is None:
+            raise Unmet(f"{self.name} ({self.value.name}) lies in other axes or another dtype than the fused node reads",
+                        kind="dimension", place=self.value.name)
+        return value
+
+
+class Builder:
+    """Builds the new nodes of one match: `op.Gelu(found.x)`, `op.microsoft.Gelu(found.x)`."""
+
+    def __init__(self, found: Found, domain: str = "") -> None:
+        self._found = found
+        self._domain = domain
+        self.nodes: list[NewNode] = []
+        self.inputs: list[Value] = []
+
+    @property
+    def microsoft(self) -> Builder:
+        """The same builder for the operators of com.microsoft."""
+        other = Builder(self._found, MICROSOFT)
+        other.nodes, other.inputs = self.nodes, self.inputs
+        return other
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        if op.startswith("_"):
+            raise AttributeError(op)
+
+        def build(*inputs: Any, outputs: int = 1, dtype: int | None = None, **attributes: object) -> Any:
+            made = [New(None) for _ in range(outputs)]
+            operands = [self._operand(value) for value in inputs]
+            self.nodes.append(NewNode(op, self._domain, operands, made, attributes))
+            made[0].dtype = dtype or next((d for o in operands if (d := self._dtype(o)) is not None), None)
+            return made[0] if outputs == 1 else tuple(made)
+
+        return build
+
+    def _dtype(self, operand: Operand) -> int | None:
+        if isinstance(operand, New):
+            return operand.dtype
+        return None if operand is None else self._found.facts.dtype(operand)
+
+    def _operand(self, value: Any) -> Operand:
+        if isinstance(value, Captured):
+            value = value.standing(self._found.dtype)
+        if isinstance(value, Value):
+            self.inputs.append(value)
+        if value is None or isinstance(value, Value | New):
+            return value
+        raise TypeError(f"an operand is a capture, a value or a new output, not {value!r}")
+
+    def constant(self, array: np.ndarray[Any, Any], hint: str = "constant") -> New:
+        """A new constant."""
+        tensor = numpy_helper.from_array(array, hint)
+        return New(tensor.data_type, tuple(array.shape), tensor)
+
+    def ones(self, letter: str) -> New:
+        """Ones over the axes of a letter, in the dtype of the root."""
+        sizes = self._found.dims(letter)
+        if not all(isinstance(size, int) for size in sizes):
+            raise self.unmet(f"the size of {letter} is not a known number", self._found.root)
+        return self.constant(np.ones([int(str(s)) for s in sizes], self._numpy), "ones")
+
+    @property
+    def _numpy(self) -> np.dtype[Any]:
+        return helper.tensor_dtype_to_np_dtype(self._found.dtype)
+
+    def packed(
+        self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()
+    ) -> New | None:
+        """Weights put together along an axis; the bytes are joined only when the model is written.
+
+        Args:
+            captures: constant matrices (C, N) or vectors (N,); None where absent.
+            absent: where given, the matrices whose columns say how many zeros stand for an absent vector.
+
+        Raises:
+            Unmet: a capture is no stored constant, or of another dtype.
+        """
+        if not any(captures):
+            return None
+        parts: list[tuple[TensorProto, tuple[int, int] | None]] = []
+        for index, capture in enumerate(captures):
+            if capture is None:
+                size = absent[index].shape[1]
+                if not isinstance(size, int):
+                    raise self.unmet(f"the size of {absent[index].name} is not a known number", absent[index].value)
+                parts.append((numpy_helper.from_array(np.zeros(size, self._numpy)), None))
+                continue
+            tensor = capture.value.tensor
+            if tensor is None or tensor.data_type != self._found.dtype:
+                raise Unmet(f"{capture.name} ({capture.value.name}) is no stored weight of the result's dtype",
+                            place=capture.value.name)
+            whole = [capture.ref.layout.whole(own) for own in range(len(capture.shape))]
+            if whole != list(range(len(tensor.dims))) and whole != [1, 0]:
+                raise Unmet(f"{capture.name} ({capture.value.name}) is not read whole", place=capture.value.name)
+            parts.append((tensor, (1, 0) if whole == [1, 0] else None))
+        return New(self._found.dtype, parts=tuple(parts), axis=axis)
+
+    def broadcast(self, captured: Captured) -> Operand:
+        """A capture that may lack its first axis, or have it as 1, where it is broadcast over it."""
+        layout = captured.ref.layout
+        if layout.depends(0) or layout.shape[0] == 1:
+            return self._operand(captured)
+        single = Layout(((), *layout.axes[1:]), layout.offsets, layout.source)
+        missing = Layout(layout.axes[1:], layout.offsets, layout.source)
+        for variant in (single, missing):
+            value = standing(self._found.view, Ref(captured.value, variant), self._found.dtype, self._found.node)
+            if value is not None:
+                return self._operand(value)
+        return self._operand(captured)
+
+    def guarded(self, result: New) -> New:
+        """The result with 0 for NaN, where the region guards its softmax so: rows that are masked everywhere."""
+        if not any(node.key == "IsNaN" for node in self._found.region.core):
+            return result
+        zero = self._scalar(0.0)
+        return self.Where(self.IsNaN(result), zero, result, dtype=result.dtype)  # type: ignore[no-any-return]
+
+    def arranged(self, captured: Captured | None) -> Operand:
+        """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
+        return None if captured is None else self.placed(captured.ref, self._found.dtype)
+
+    def placed(self, ref: Ref, dtype: int | None) -> Operand:
+        """A value in the axes of `ref`."""
+        made = place(self._found.view, ref, dtype, self._found.node, self)
+        if isinstance(made, Value):
+            self.inputs.append(made)
+        return made
+
+    def additive(self, entries: tuple[Entry, ...]) -> Operand:
+        """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where empty.
+
+        `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
+        smallest number of the dtype, or -inf.
+
+        Raises:
+            Unmet: a mask has another fill.
+        """
+        found = self._found
+        smallest = float(np.finfo(helper.tensor_dtype_to_np_dtype(found.dtype)).min)
+        bias: Operand = None
+        for entry in reversed(entries):
+            ref = _spread(entry.ref, keep=2 if bias is None else 0)
+            if entry.kind == "term":
+                term = self.placed(ref, found.dtype)
+                if entry.coef != 1.0:
+                    term = self.shared("Mul", [term, self._scalar(entry.coef)], ref.layout.shape)
+                bias = term if bias is None else self.shared("Add", [bias, term], ref.layout.shape)
+                continue
+            if entry.fill > smallest * 0.999:
+                raise Unmet(
+                    f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
+                    "in rows masked everywhere", place=entry.ref.value.name)
+            kept = self._scalar(0.0) if bias is None else bias
+            fill = self._scalar(entry.fill)
+            choices = [kept, fill] if entry.keep else [fill, kept]
+            condition = self.placed(ref, None)
+            bias = self.shared("Where", [condition, *choices], ref.layout.shape, dtype=found.dtype)
+        return bias
+
+    def _scalar(self, value: float) -> New:
+        return self.constant(np.array(value, self._numpy), "scalar")
+
+    def shared(
+        self, op: str, inputs: list[Operand], shape: tuple[Dim, ...] | None, dtype: int | None = None, **attributes: object
+    ) -> New:
+        """A node that later matches may use too: made early, and found again instead of made twice."""
+        known = dtype if dtype is not None else next((d for o in inputs if (d := self._dtype(o)) is not None), None)
+        made = New(known, shape)
+        for operand in inputs:
+            if isinstance(operand, Value):
+                self.inputs.append(operand)
+        self.nodes.append(NewNode(op, "", inputs, [made], attributes, shared=True))
+        return made
+
+    def sizes(self, dims: tuple[Dim, ...], have: tuple[Dim, ...], *, copy: bool) -> New:
+        """A shape tensor; sizes that are no numbers are read off the captures."""
+        items = shape_items(dims, have, copy)
+        if all(isinstance(item, int) for item in items):
+            return self.constant(int64([int(str(item)) for item in items]), "shape")
+        parts: list[Operand] = [
+            self.constant(int64([item]), "size") if isinstance(item, int) else self._size(item) for item in items
+        ]
+        return self.shared("Concat", parts, (len(parts),), dtype=TensorProto.INT64, axis=0)
+
+    def _size(self, dim: Dim) -> New:
+        """One size as a tensor of shape (1,), read off a captured value that has it."""
+        facts = self._found.facts
+        for source in self._sources():
+            for axis, own in enumerate(facts.shape(source) or ()):
+                if own == dim and before(source, self._found.node):
+                    shape = self.shared("Shape", [source], None, dtype=TensorProto.INT64)
+                    index = self.constant(int64([axis]), "axis")
+                    return self.shared("Gather", [shape, index], (1,), dtype=TensorProto.INT64, axis=0)
+        raise self.unmet(f"the size {dim} cannot be read off any captured value", self._found.root)
+
+    def _sources(self) -> Iterable[Value]:
+        for bound in self._found.state.bound.values():
+            if isinstance(bound, Ref):
+                yield bound.value
+            elif isinstance(bound, tuple):
+                yield from (entry.ref.value for entry in bound)
+
+    def require_kernels(self, target: Target) -> None:
+        """Every new node has a kernel on the target, for its dtype and the model's opset.
+
+        Raises:
+            Unmet: one has none.
+        """
+        for node in self.nodes:
+            version = 1 if node.domain else self._found.opset
+            dtypes = [self._dtype(operand) for operand in node.inputs]
+            reason = target.refuses(node.op, node.domain, version, dtypes, node.outputs[0].dtype)
+            if reason is not None:
+                raise Unmet(reason, kind="kernel", place=self._found.root.name)
+
+    def unmet(self, text: str, value: Value) -> Unmet:
+        """The error for a value that cannot be brought into the axes wanted."""
+        return Unmet(text, kind="dimension", verdict=Verdict.UNKNOWN, place=value.name)
+
+
+def _spread(ref: Ref, keep: int) -> Ref:
+    """Make broadcast axes size 1, but for the last `keep`, which are to be written out."""
+    layout = ref.layout
+    count = len(layout.axes) - keep
+    axes = tuple(
+        () if index < count and all(source is None for source, *_ in axis) else axis
+        for index, axis in enumerate(layout.axes)
+    )
+    return Ref(ref.value, Layout(axes, layout.offsets, layout.source))

@@ -1,0 +1,891 @@
+"""Matching: a plan is walked down a value's term; what must hold at each step is an obligation.
+
+Two policies run the same walk: *stop* gives up a branch at the first unmet obligation, *record* notes it as a miss and
+goes on, so that the branch with the least unmet weight explains what keeps a subgraph from being the pattern.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from onnx import TensorProto
+
+from fusion import plan as p
+from fusion.dims import Dim, product
+from fusion.graph import Node, Value
+from fusion.language import ELLIPSIS, Dims, letters_of
+from fusion.layout import Layout
+from fusion.plan import Plan
+from fusion.schema import attribute, extra_attributes
+from fusion.terms import Atom, Contract, Group, Item, Prod, Reduce, Ref, Sum
+from fusion.verdict import Verdict
+from fusion.view import View
+
+TOLERANCE = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 8e-3, TensorProto.DOUBLE: 1e-7}
+"""Relative error allowed in a constant, by the dtype it is computed in; 1e-5 for float: exporters round 1.41421."""
+
+RECORD_STEPS = 4000
+"""How far a recording search goes on one anchor; explanations need not be exhaustive."""
+
+
+class Miss(NamedTuple):
+    """An unmet obligation.
+
+    Attributes:
+        kind: operator, arity, attribute, constant, same value, dimension, dtype, privacy, requirement or kernel.
+        text: what was expected and what was found.
+        verdict: NO, or UNKNOWN where a fact is missing.
+        weight: how much of the formula stayed unmatched.
+        place: the value or node it is about.
+    """
+
+    kind: str
+    text: str
+    verdict: Verdict
+    weight: int
+    place: str
+
+
+class Entry(NamedTuple):
+    """One part of a `rest` capture, outermost first.
+
+    Attributes:
+        kind: "term" (coef * ref is added) or "mask" (where ref is not `keep`, the score becomes `fill`).
+        ref: the value, in the axes of the capture.
+    """
+
+    kind: str
+    ref: Ref
+    coef: float = 1.0
+    keep: bool = True
+    fill: float = 0.0
+
+
+Bound = Ref | float | tuple[Entry, ...]
+
+
+@dataclass(slots=True)
+class State:
+    """What one branch of the search has bound. Copied where it branches."""
+
+    bound: dict[str, Bound]
+    letters: dict[str, tuple[int, ...]]
+    kept: dict[int, Ref]
+    misses: tuple[Miss, ...] = ()
+
+    def copy(self) -> State:
+        return State(dict(self.bound), dict(self.letters), dict(self.kept), self.misses)
+
+    @property
+    def unmet(self) -> int:
+        """The weight of what is unmet."""
+        return sum(miss.weight for miss in self.misses)
+
+
+Context = Mapping[str, tuple[int, ...]]
+
+
+class Matcher:
+    """Match one plan against one value.
+
+    Args:
+        view: the graph as terms.
+        plan: what to match.
+        record: note unmet obligations and go on.
+    """
+
+    def __init__(self, view: View, plan: Plan, *, record: bool = False) -> None:
+        self.view = view
+        self.plan = plan
+        self.record = record
+        self.steps = 0
+        self.rank = 0
+        self.tolerance = 1e-5
+        self.limit = 0
+
+    def match(self, value: Value) -> Iterator[tuple[Ref, State]]:
+        """Yield the ways the plan matches at `value`: its reference with the axes split as the result names them."""
+        root = self.view.root(value)
+        if root is None:
+            state = State({}, {}, {})
+            for missed in self._miss(state, "dimension", "a known rank", f"{value.name} has none", self.plan.weight,
+                                     value.name, Verdict.UNKNOWN):
+                yield Ref(value, Layout.identity(())), missed
+            return
+        self.tolerance = TOLERANCE.get(self.view.facts.dtype(value) or 0, 1e-5)
+        self.steps, self.limit = 0, self.plan.weight
+        for ref, letters in self._split(root):
+            self.rank = len(ref.layout.axes)
+            start = State({}, letters, {})
+            for state in self.product(self.plan.root, self.view.expand(ref), {}, start, value.name):
+                self.limit = min(self.limit, state.unmet)
+                yield ref, state
+
+    # -- axes of the result -----------------------------------------------------------------------------------------
+
+    def _split(self, root: Ref) -> Iterator[tuple[Ref, dict[str, tuple[int, ...]]]]:
+        """Give the result's letters their coordinate axes; a group `(H E)` is split where the layout has a seam."""
+        dims = self.plan.dims
+        if not any(isinstance(token, tuple) for token in dims):
+            yield root, {}
+            return
+        if len(dims) != len(root.layout.axes):
+            return
+        source = self.view.peel(root).ref
+        for layout, letters in _split_groups(source.layout, dims, 0, 0):
+            yield Ref(source.value, layout), letters
+
+    def positions(self, letter: str, context: Context, state: State) -> tuple[int, ...]:
+        """Coordinate axes of a letter; one still free takes its place in the result, counted from the right."""
+        if letter in context:
+            return context[letter]
+        if letter not in state.letters:
+            self._default_letters(state)
+        return state.letters.get(letter, ())
+
+    def _default_letters(self, state: State) -> None:
+        letters = letters_of(self.plan.dims)
+        taken = {axis for axes in state.letters.values() for axis in axes}
+        front, _, back = _around_ellipsis(letters)
+        free = [axis for axis in range(self.rank) if axis not in taken]
+        for letter in reversed(back):
+            if letter not in state.letters and free:
+                state.letters[letter] = (free.pop(),)
+        for letter in front:
+            if letter not in state.letters and free:
+                state.letters[letter] = (free.pop(0),)
+        state.letters.setdefault(ELLIPSIS, tuple(free))
+
+    # -- obligations ------------------------------------------------------------------------------------------------
+
+    def _miss(
+        self, state: State, kind: str, expected: str, found: str, weight: int, place: str,
+        verdict: Verdict = Verdict.NO,
+    ) -> Iterator[State]:
+        """The branch ends here (stop), or goes on with a note (record)."""
+        if not self.record:
+            return
+        self.steps += 1
+        if self.steps > RECORD_STEPS or state.unmet + weight > self.limit:
+            return
+        missed = state.copy()
+        text = f"expected {expected}, found {found}"
+        missed.misses = (*state.misses, Miss(kind, text, verdict, max(weight, 1), place))
+        yield missed
+
+    def _close(self, expected: float, found: float) -> bool:
+        return math.isclose(expected, found, rel_tol=self.tolerance, abs_tol=1e-12)
+
+    # -- products ---------------------------------------------------------------------------------------------------
+
+    def child(self, term: Prod, given: Ref | Prod, context: Context, state: State) -> Iterator[State]:
+        """Match an operand: a capture binds the value itself, a formula is matched against its term."""
+        single = term.single
+        if isinstance(single, p.Var) and isinstance(given, Ref):
+            yield from self.bind(single, given, context, state)
+        elif isinstance(given, Ref):
+            place = given.value.name
+            yield from self.product(term, self.view.expand(given), context, state, place)
+        else:
+            yield from self.product(term, given, context, state, "")
+
+    def product(self, term: Prod, given: Prod, context: Context, state: State, place: str) -> Iterator[State]:
+        """Match coefficient and factors; the one scalar capture among the factors takes up the coefficient."""
+        single = term.single
+        if isinstance(single, Sum):
+            spine = self._spine(single, context)
+            if spine is not None:
+                yield from spine.walk(given, 1.0, (), state)
+                return
+            core = self._core(single)
+            if core is not None:
+                yield from self.product(Prod(core.coef, core.factors), given, context, state, place)
+        scalar: tuple[str, float] | None = None
+        variables: list[tuple[p.Var, float]] = []
+        formulas: list[tuple[Atom, float]] = []
+        for atom, exponent in term.factors:
+            if not isinstance(atom, p.Var):
+                formulas.append((atom, exponent))
+            elif self.plan.captures[atom.name].kind == "scalar":
+                scalar = (atom.name, exponent)
+            else:
+                variables.append((atom, exponent))
+        if scalar is None and len(formulas) == 1 and not variables and given.coef != 1.0:
+            given = _distribute(formulas[0], given)
+        free = scalar is not None and scalar[0] not in state.bound
+        for found, scale in self._formulas(formulas, list(given.factors), given.coef, context, state, free, place):
+            rest, matched = found
+            for done in self._variables(variables, rest, context, matched, place):
+                yield from self._coefficient(term.coef, scalar, given.coef / scale, done, place)
+
+    def _formulas(
+        self,
+        formulas: list[tuple[Atom, float]],
+        given: list[tuple[Atom, float]],
+        coef: float,
+        context: Context,
+        state: State,
+        free: bool,
+        place: str,
+    ) -> Iterator[tuple[tuple[list[tuple[Atom, float]], State], float]]:
+        """Assign each formula a factor; yield the factors left, the state, and the scale the factors carry."""
+        if not formulas:
+            yield (given, state), 1.0
+            return
+        (atom, exponent), others = formulas[0], formulas[1:]
+        found = False
+        for index, (candidate, own) in enumerate(given):
+            if own != exponent and not self._close(own, exponent):
+                continue
+            remaining = given[:index] + given[index + 1 :]
+            for matched, scale in self.atom(atom, candidate, context, state, free):
+                found = True
+                try:
+                    share = scale**exponent
+                except (ZeroDivisionError, OverflowError):
+                    continue
+                if isinstance(share, complex):
+                    continue
+                for rest, more in self._formulas(others, remaining, coef, context, matched, free, place):
+                    yield rest, share * more
+        if self.record and not found:
+            kinds = ", ".join(_describe(candidate, own) for candidate, own in given) or f"the number {coef:g}"
+            lost = p.weight(Prod(1.0, ((atom, exponent),)))
+            for missed in self._miss(state, "operator", _describe(atom, exponent), kinds, lost, place):
+                for rest, more in self._formulas(others, given, coef, context, missed, free, place):
+                    yield rest, more
+
+    def _variables(
+        self, variables: list[tuple[p.Var, float]], given: list[tuple[Atom, float]], context: Context, state: State,
+        place: str,
+    ) -> Iterator[State]:
+        """Bind each capture to a factor of its exponent; nothing may be left over."""
+        if not variables:
+            if not given:
+                yield state
+            else:
+                left = ", ".join(_describe(atom, exponent) for atom, exponent in given)
+                yield from self._miss(state, "arity", "no further factor", left, len(given), place)
+            return
+        (variable, exponent), others = variables[0], variables[1:]
+        name = variable.name
+        for index, (candidate, own) in enumerate(given):
+            if own != exponent or not isinstance(candidate, Ref):
+                continue
+            remaining = given[:index] + given[index + 1 :]
+            for bound in self.bind(variable, candidate, context, state):
+                yield from self._variables(others, remaining, context, bound, place)
+        if self.plan.captures[name].kind == "optional" and name not in state.bound:
+            yield from self._variables(others, given, context, state, place)
+        elif self.record and not given:
+            for missed in self._miss(state, "arity", f"a factor for {name}", "none", 1, place):
+                yield from self._variables(others, given, context, missed, place)
+
+    def _coefficient(
+        self, expected: float, scalar: tuple[str, float] | None, found: float, state: State, place: str
+    ) -> Iterator[State]:
+        if scalar is None:
+            if self._close(expected, found):
+                yield state
+            else:
+                yield from self._miss(state, "constant", f"the factor {expected:g}", f"{found:g}", 1, place)
+            return
+        name, exponent = scalar
+        value = found / expected
+        if exponent != 1.0:
+            if value <= 0:
+                return
+            value = value ** (1.0 / exponent)
+        yield from self._bind_number(name, value, state, place)
+
+    def _bind_number(self, name: str, value: float, state: State, place: str) -> Iterator[State]:
+        capture = self.plan.captures[name]
+        known = state.bound.get(name)
+        if known is not None:
+            if isinstance(known, float) and self._close(known, value):
+                yield state
+            else:
+                yield from self._miss(state, "constant", f"{name} = {known}", f"{value:g}", 1, place)
+        elif capture.low <= value <= capture.high:
+            bound = state.copy()
+            bound.bound[name] = float(value)
+            yield bound
+        else:
+            wanted = f"{name} between {capture.low:g} and {capture.high:g}"
+            yield from self._miss(state, "constant", wanted, f"{value:g}", 1, place)
+
+    # -- atoms ------------------------------------------------------------------------------------------------------
+
+    def atom(
+        self, atom: Atom, given: Atom, context: Context, state: State, free: bool
+    ) -> Iterator[tuple[State, float]]:
+        """Match one factor; yield the state and the number by which the graph's factor is larger."""
+        if isinstance(atom, Group):
+            yield from self._scaled(atom.product, given, context, state)
+        elif isinstance(atom, p.Kept):
+            if isinstance(given, Ref):
+                kept = state.copy()
+                kept.kept[atom.index] = given
+                for matched in self.child(atom.child, given, context, kept):
+                    yield matched, 1.0
+        elif isinstance(atom, Sum):
+            for term, scale in _sums(given, self.view):
+                yield from self._scale(self.sum(atom, term, context, state, _name(given)), scale)
+        elif isinstance(atom, p.Mean):
+            for reduction in _of_kind(given, self.view, Reduce):
+                if reduction.kind == "mean":
+                    yield from _unscaled(self.mean(atom, reduction, context, state))
+        elif isinstance(atom, p.MatMul):
+            for contraction in _of_kind(given, self.view, Contract):
+                yield from self.matmul(atom, contraction, context, state, free)
+        elif isinstance(given, Ref):
+            node = given.value.producer
+            if isinstance(atom, p.Op) and node is not None:
+                yield from _unscaled(self.operator(atom, node, given, context, state))
+            elif isinstance(atom, p.Softmax) and node is not None:
+                yield from _unscaled(self.softmax(atom, node, given, context, state))
+            elif isinstance(atom, p.Fused) and node is not None:
+                yield from _unscaled(self.fused(atom, node, given, context, state))
+
+    def _scale(self, found: Iterator[tuple[State, float]], scale: float) -> Iterator[tuple[State, float]]:
+        for state, own in found:
+            yield state, own * scale
+
+    def _scaled(self, term: Prod, given: Atom, context: Context, state: State) -> Iterator[tuple[State, float]]:
+        """Match a product kept together, up to a number."""
+        single = term.single
+        if isinstance(given, Ref):
+            expanded = self.view.expand(given)
+        elif isinstance(given, Group):
+            expanded = given.product
+        else:
+            expanded = Prod(1.0, ((given, 1.0),))
+        if isinstance(single, Sum):
+            for atom, exponent in expanded.factors if len(expanded.factors) == 1 else ():
+                if exponent == 1.0 and isinstance(atom, Sum):
+                    yield from self._scale(self.sum(single, atom, context, state, _name(given)), expanded.coef)
+            return
+        for matched in self.product(term, expanded, context, state, _name(given)):
+            yield matched, 1.0
+
+    def operator(self, atom: p.Op, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
+        """An elementwise operator with its attributes at their defaults."""
+        if node.key != atom.name or len(node.inputs) != 1:
+            yield from self._miss(state, "operator", atom.name, node.key, p.weight(Prod(1.0, ((atom, 1.0),))),
+                                  node.label)
+            return
+        extra = extra_attributes(node, ())
+        states: Iterator[State] = iter((state,))
+        if extra:
+            states = self._miss(state, "attribute", "default attributes", ", ".join(extra), 1, node.label)
+        operand = self.view.operand(given, node, 0)
+        if operand is None:
+            return
+        for current in states:
+            yield from self.child(atom.child, operand, context, current)
+
+    def softmax(self, atom: p.Softmax, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
+        """A softmax over exactly the axis of its letter."""
+        if node.key != "Softmax":
+            yield from self._miss(state, "operator", "Softmax", node.key, p.weight(Prod(1.0, ((atom, 1.0),))),
+                                  node.label)
+            return
+        operand = node.inputs[0]
+        shape = self.view.facts.shape(operand) if operand is not None else None
+        if operand is None or shape is None:
+            return
+        axis = attribute(node, "axis")
+        own = int(axis) % len(shape) if isinstance(axis, int) else len(shape) - 1
+        positions = [position for letter in atom.letters for position in self.positions(letter, context, state)]
+        states: Iterator[State] = iter((state,))
+        if node.version < 13 and own != len(shape) - 1:
+            states = self._miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
+        elif not _covers(given.layout, positions, own):
+            states = self._miss(state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1,
+                                node.label)
+        for current in states:
+            yield from self.child(atom.child, _without_maximum(Ref(operand, given.layout), self.view), context, current)
+
+    def mean(self, atom: p.Mean, given: Reduce, context: Context, state: State) -> Iterator[State]:
+        """A mean; inside it the letters stand for the axes reduced."""
+        child = given.child
+        first = child if isinstance(child, Ref) else next(
+            (inner for inner, _ in child.factors if isinstance(inner, Ref)), None
+        )
+        letter = atom.letters[-1]
+        if first is None or len(atom.letters) != 1:
+            return
+        total = len(first.layout.axes)
+        inside = tuple(range(total - given.rank, total))
+        outside = context.get(letter, state.letters.get(letter))
+        bound = state
+        if outside is None:
+            letters = letters_of(self.plan.dims)
+            last = bool(letters) and letters[-1] == letter
+            if not last or given.rank > self.rank:
+                return
+            bound = state.copy()
+            bound.letters[letter] = outside = tuple(range(self.rank - given.rank, self.rank))
+        states: Iterator[State] = iter((bound,))
+        if len(outside) != len(inside):
+            states = self._miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)
+        elif any(first.layout.depends(axis) for axis in outside):
+            states = self._miss(state, "dimension", f"a mean over {letter}, the last axes", "another axis", 1,
+                                first.value.name)
+        for current in states:
+            yield from self.child(atom.child, child, {**context, letter: inside}, current)
+
+    def matmul(
+        self, atom: p.MatMul, given: Contract, context: Context, state: State, free: bool
+    ) -> Iterator[tuple[State, float]]:
+        """A contraction, its operands either way round; numbers on an operand go to a free scale."""
+        last = (len(given.left.layout.axes) - 1,)
+        inner = {**context, atom.letters[-1]: last}
+        for first, second in ((given.left, given.right), (given.right, given.left)):
+            left, coef_left = self._linear(first) if free else (first, 1.0)
+            right, coef_right = self._linear(second) if free else (second, 1.0)
+            for half in self.child(atom.left, left, inner, state):
+                for whole in self.child(atom.right, right, inner, half):
+                    yield whole, coef_left * coef_right
+
+    def _linear(self, ref: Ref) -> tuple[Ref, float]:
+        """Take the numbers off an operand of a contraction: (2 q) @ k is 2 (q @ k)."""
+        coef = 1.0
+        while True:
+            ref = self.view.peel(ref).ref
+            term = self.view.expand(ref)
+            if len(term.factors) != 1 or term.factors[0][1] != 1.0 or not isinstance(term.factors[0][0], Ref):
+                return ref, coef
+            following = term.factors[0][0]
+            if following == ref:
+                return ref, coef
+            ref, coef = following, coef * term.coef
+
+    def fused(self, atom: p.Fused, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
+        """A node that already is the pattern; its captures are matched against the arguments of the call."""
+        read = atom.pattern.readers.get(node.key)
+        rank = len(given.layout.source)
+        captured = read(node, rank) if read is not None and rank else None
+        if captured is None:
+            yield from self._miss(state, "operator", " or ".join(atom.pattern.readers), node.key, 1, node.label)
+            return
+        states: list[State] = [state]
+        for own, outer in atom.letters:
+            count = captured.get(own)
+            if isinstance(count, int) and len(outer) == 1:
+                states = [s for current in states for s in self._trailing(outer[0], count, context, current, node)]
+        for name, argument in atom.arguments:
+            value = captured.get(name)
+            following: list[State] = []
+            for current in states:
+                if argument is None or value is None:
+                    if value is None and (argument is None or _may_be_absent(argument, self.plan)):
+                        following.append(current)
+                elif isinstance(value, float | int):
+                    following.extend(self.product(argument, Prod(float(value), ()), context, current, node.label))
+                else:
+                    shape = self.view.facts.shape(value)
+                    layout = given.layout.broadcast_over(shape) if shape is not None else None
+                    if layout is not None:
+                        following.extend(self.child(argument, Ref(value, layout), context, current))
+            states = following
+        yield from states
+
+    def _trailing(self, letter: str, count: int, context: Context, state: State, node: Node) -> Iterator[State]:
+        """Let a letter stand for the last `count` axes of the result."""
+        known = context.get(letter, state.letters.get(letter))
+        if known is None:
+            bound = state.copy()
+            bound.letters[letter] = tuple(range(self.rank - count, self.rank))
+            yield bound
+        elif len(known) == count:
+            yield state
+        else:
+            yield from self._miss(state, "dimension", f"{len(known)} axes for {letter}", str(count), 1, node.label)
+
+    # -- sums -------------------------------------------------------------------------------------------------------
+
+    def sum(self, term: Sum, given: Sum, context: Context, state: State, place: str) -> Iterator[tuple[State, float]]:
+        """Match a sum up to a number: yield the state and the scale of the graph's sum."""
+        formulas = [item for item in term.items if self._kind(item) == "formula"]
+        for left, matched, scale in self._summands(formulas, list(given.items), None, context, state, place):
+            for done in self._addends(term, left, scale or 1.0, context, matched, place):
+                for finished in self._constant(term, given.const, scale or 1.0, done, place):
+                    yield finished, scale or 1.0
+
+    def _spine(self, term: Sum, context: Context) -> Spine | None:
+        """The way through scores where a sum is one formula and a `rest` capture."""
+        formulas = [item for item in term.items if self._kind(item) == "formula"]
+        others = [_variable(item) for item in term.items if self._kind(item) == "rest"]
+        if len(formulas) == 1 and len(others) == 1 and others[0] is not None and len(term.items) == 2:
+            return Spine(self, formulas[0], others[0], context)
+        return None
+
+    def _core(self, term: Sum) -> Item | None:
+        """The one summand that must be there, where all others are optional."""
+        needed = [item for item in term.items if self._kind(item) != "optional"]
+        return needed[0] if len(needed) == 1 and term.const == 0.0 else None
+
+    def _kind(self, item: Item) -> str:
+        variable = _variable(item)
+        return self.plan.captures[variable.name].kind if variable is not None else "formula"
+
+    def _summands(
+        self, formulas: list[Item], given: list[Item], scale: float | None, context: Context, state: State, place: str
+    ) -> Iterator[tuple[list[Item], State, float | None]]:
+        if not formulas:
+            yield given, state, scale
+            return
+        item, others = formulas[0], formulas[1:]
+        found = False
+        free = any(
+            isinstance(atom, p.Var) and self.plan.captures[atom.name].kind == "scalar" for atom, _ in item.factors
+        )
+        for index, candidate in enumerate(given):
+            remaining = given[:index] + given[index + 1 :]
+            own = 1.0 if free else candidate.coef / item.coef
+            if scale is not None and not free and not self._close(own, scale):
+                continue
+            wanted = Prod(item.coef if free else 1.0, item.factors)
+            offered = Prod(candidate.coef if free else 1.0, candidate.factors)
+            for matched in self._item(wanted, offered, candidate, context, state, place):
+                found = True
+                yield from self._summands(others, remaining, own if scale is None else scale, context, matched, place)
+        if self.record and not found:
+            lost = p.weight(Prod(item.coef, item.factors))
+            kinds = ", ".join(_describe_item(candidate) for candidate in given) or "nothing more"
+            for missed in self._miss(state, "operator", _describe_item(item), kinds, lost, place):
+                yield from self._summands(others, given, scale, context, missed, place)
+
+    def _item(
+        self, wanted: Prod, offered: Prod, candidate: Item, context: Context, state: State, place: str
+    ) -> Iterator[State]:
+        single = wanted.single
+        if isinstance(single, p.Var) and candidate.origin is not None:
+            if self._close(candidate.share, candidate.coef) or offered.single is None:
+                yield from self.bind(single, candidate.origin, context, state)
+            return
+        yield from self.product(wanted, offered, context, state, place)
+
+    def _addends(
+        self, term: Sum, given: list[Item], scale: float, context: Context, state: State, place: str
+    ) -> Iterator[State]:
+        """Bind the captures of a sum to the summands that are left."""
+        variables = [v for item in term.items if (v := _variable(item)) is not None and self._kind(item) != "scalar"]
+        yield from self._bind_addends(variables, given, scale, context, state, place)
+
+    def _bind_addends(
+        self, variables: list[p.Var], given: list[Item], scale: float, context: Context, state: State, place: str
+    ) -> Iterator[State]:
+        if not variables:
+            if not given:
+                yield state
+            else:
+                left = ", ".join(_describe_item(item) for item in given)
+                yield from self._miss(state, "arity", "no further summand", left, len(given), place)
+            return
+        variable, others = variables[0], variables[1:]
+        name = variable.name
+        for index, item in enumerate(given):
+            if item.origin is None or not self._close(item.share, scale):
+                continue
+            remaining = given[:index] + given[index + 1 :]
+            for bound in self.bind(variable, item.origin, context, state):
+                yield from self._bind_addends(others, remaining, scale, context, bound, place)
+        if self.plan.captures[name].kind == "optional" and name not in state.bound:
+            yield from self._bind_addends(others, given, scale, context, state, place)
+        elif self.record and not given:
+            for missed in self._miss(state, "arity", f"a summand for {name}", "none", 1, place):
+                yield from self._bind_addends(others, given, scale, context, missed, place)
+
+    def _constant(self, term: Sum, found: float, scale: float, state: State, place: str) -> Iterator[State]:
+        scalars = [item for item in term.items if self._kind(item) == "scalar"]
+        value = found / scale - term.const
+        if scalars:
+            variable = _variable(scalars[0])
+            assert variable is not None
+            yield from self._bind_number(variable.name, value / scalars[0].coef, state, place)
+        elif self._close(term.const, found / scale):
+            yield state
+        else:
+            yield from self._miss(state, "constant", f"+ {term.const:g}", f"+ {found / scale:g}", 1, place)
+
+    # -- captures ---------------------------------------------------------------------------------------------------
+
+    def bind(self, variable: p.Var, given: Ref, context: Context, state: State) -> Iterator[State]:
+        """Bind a tensor capture to the source of a reference, seen in the axes it is read along."""
+        name = variable.name
+        capture = self.plan.captures[name]
+        if capture.kind == "scalar":
+            value = self.view.number(given.value)
+            if value is not None:
+                yield from self._bind_number(name, value, state, given.value.name)
+            return
+        ref = self.view.peel(given).ref
+        viewed = self.in_axes(ref.layout, variable.dims, capture.loose, context, state)
+        if isinstance(viewed, str):
+            yield from self._miss(state, "dimension", f"{name} with axes {_spell(capture.dims)}", viewed, 1,
+                                  ref.value.name)
+            return
+        known = state.bound.get(name)
+        if known is None:
+            bound = state.copy()
+            bound.bound[name] = Ref(ref.value, viewed)
+            yield bound
+        elif known == Ref(ref.value, viewed):
+            yield state
+        else:
+            was = known.value.name if isinstance(known, Ref) else str(known)
+            yield from self._miss(state, "same value", f"{name} = {was} again", ref.value.name, 1, ref.value.name)
+
+    def in_axes(
+        self, layout: Layout, dims: Dims | None, loose: frozenset[str], context: Context, state: State
+    ) -> Layout | str:
+        """The layout in the axes of a capture, or what keeps it from being so."""
+        order: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for token in dims or (ELLIPSIS,):
+            start = len(order)
+            for letter in (token,) if isinstance(token, str) else token:
+                axes = self.positions(letter, context, state)
+                order.extend(axes)
+                if letter == ELLIPSIS or letter in loose:
+                    continue
+                for axis in axes:
+                    if not layout.depends(axis) and layout.shape[axis] != 1:
+                        return f"it is broadcast over {letter}"
+            if not isinstance(token, str):
+                spans.append((start, len(order)))
+        for axis in range(len(layout.axes)):
+            if axis not in order and layout.depends(axis):
+                return "it depends on another axis too"
+        viewed = layout.permute(order)
+        for start, stop in reversed(spans):
+            viewed = viewed.merge(start, stop)
+        return viewed
+
+
+class Spine:
+    """Follow a score back through masks and biases to the one formula it is made of.
+
+    Sums over scores are not opened as a whole: the main path is found, everything beside it is an ordered list, because
+    order matters in rows that are masked everywhere.
+    """
+
+    def __init__(self, matcher: Matcher, formula: Item, variable: p.Var, context: Context) -> None:
+        self.matcher = matcher
+        self.formula = Prod(formula.coef, formula.factors)
+        self.variable = variable
+        self.name = variable.name
+        self.context = context
+
+    def walk(self, given: Prod, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        """Yield the states in which `coef * given` is the formula plus what `entries` and the way down collect."""
+        scaled = Prod(given.coef * coef, given.factors)
+        for matched in self.matcher.product(self.formula, scaled, self.context, state, "scores"):
+            yield from self._bind(entries, matched)
+        if len(given.factors) != 1 or given.factors[0][1] != 1.0:
+            return
+        atom = given.factors[0][0]
+        if isinstance(atom, Sum):
+            yield from self._sum(atom, scaled.coef, entries, state)
+        elif isinstance(atom, Ref):
+            node = atom.value.producer
+            if node is not None and node.key == "Where":
+                yield from self._where(node, atom, scaled.coef, entries, state)
+                return
+            expanded = self.matcher.view.expand(atom)
+            if expanded.single != atom:
+                yield from self.walk(expanded, scaled.coef, entries, state)
+
+    def _sum(self, term: Sum, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        for index, item in enumerate(term.items):
+            others = [other for position, other in enumerate(term.items) if position != index]
+            beside: list[Entry] = []
+            for other in others:
+                if other.origin is None:
+                    break
+                source = self.matcher.view.peel(other.origin).ref
+                beside.append(Entry("term", source, other.share * coef))
+            if len(beside) < len(others) or term.const != 0.0:
+                continue
+            yield from self.walk(Prod(item.coef, item.factors), coef, (*entries, *beside), state)
+
+    def _where(
+        self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State
+    ) -> Iterator[State]:
+        view = self.matcher.view
+        condition, yes, no = (view.operand(ref, node, index) for index in range(3))
+        if condition is None or yes is None or no is None:
+            return
+        for scores, other, keep in ((yes, no, True), (no, yes, False)):
+            fill = view.number(other.value)
+            if fill is not None:
+                entry = Entry("mask", view.peel(condition).ref, 1.0, keep, fill * coef)
+                yield from self.walk(view.expand(scores), coef, (*entries, entry), state)
+
+    def _bind(self, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        capture = self.matcher.plan.captures[self.name]
+        placed: list[Entry] = []
+        for entry in entries:
+            viewed = self.matcher.in_axes(
+                entry.ref.layout, self.variable.dims, capture.loose, self.context, state
+            )
+            if isinstance(viewed, str):
+                yield from self.matcher._miss(state, "dimension", f"{self.name} with axes {_spell(capture.dims)}",
+                                              viewed, 1, entry.ref.value.name)
+                return
+            placed.append(entry._replace(ref=Ref(entry.ref.value, viewed)))
+        bound = state.copy()
+        bound.bound[self.name] = tuple(placed)
+        yield bound
+
+
+# -- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _split_groups(
+    layout: Layout, dims: Dims, token_index: int, axis: int
+) -> Iterator[tuple[Layout, dict[str, tuple[int, ...]]]]:
+    if token_index == len(dims):
+        yield layout, {}
+        return
+    token = dims[token_index]
+    if isinstance(token, str):
+        for following, letters in _split_groups(layout, dims, token_index + 1, axis + 1):
+            yield following, {token: (axis,), **letters}
+        return
+    sizes = [size for _, _, size in layout.axes[axis]]
+    for cut in _cuts(sizes, len(token)):
+        split = layout.split(axis, cut)
+        if split is None:
+            continue
+        for following, letters in _split_groups(split, dims, token_index + 1, axis + len(token)):
+            yield following, {**{letter: (axis + i,) for i, letter in enumerate(token)}, **letters}
+
+
+def _cuts(sizes: list[Dim], parts: int) -> Iterator[list[Dim]]:
+    """Ways to cut a list of factors into `parts` groups, groups of one or more first."""
+    if parts == 1:
+        yield [product(sizes)]
+        return
+    starts = [*range(1, len(sizes) + 1), 0]
+    for start in starts:
+        for others in _cuts(sizes[start:], parts - 1):
+            yield [product(sizes[:start]), *others]
+
+
+def _around_ellipsis(letters: tuple[str, ...]) -> tuple[list[str], bool, list[str]]:
+    if ELLIPSIS not in letters:
+        return [], False, list(letters)
+    index = letters.index(ELLIPSIS)
+    return list(letters[:index]), True, list(letters[index + 1 :])
+
+
+def _distribute(formula: tuple[Atom, float], given: Prod) -> Prod:
+    """Move the number before a sum into it where the formula is a bare sum: c (a + b) is c a + c b."""
+    atom, exponent = formula
+    if not isinstance(atom, Sum) or exponent != 1.0 or len(given.factors) != 1 or given.factors[0][1] != 1.0:
+        return given
+    inner = given.factors[0][0]
+    if not isinstance(inner, Sum):
+        return given
+    items = tuple(Item(i.coef * given.coef, i.factors, i.origin, i.share * given.coef) for i in inner.items)
+    return Prod(1.0, ((Sum(inner.const * given.coef, items), 1.0),))
+
+
+def _unscaled(states: Iterator[State]) -> Iterator[tuple[State, float]]:
+    for state in states:
+        yield state, 1.0
+
+
+def _sums(given: Atom, view: View) -> Iterator[tuple[Sum, float]]:
+    if isinstance(given, Sum):
+        yield given, 1.0
+    elif isinstance(given, Ref):
+        term = view.expand(given)
+        if len(term.factors) == 1 and term.factors[0][1] == 1.0 and isinstance(term.factors[0][0], Sum):
+            yield term.factors[0][0], term.coef
+
+
+def _of_kind(given: Atom, view: View, kind: type[Reduce] | type[Contract]) -> Iterator[object]:
+    if isinstance(given, kind):
+        yield given
+    elif isinstance(given, Ref):
+        inner = view.expand(given).single
+        if isinstance(inner, kind):
+            yield inner
+
+
+def _without_maximum(ref: Ref, view: View) -> Ref:
+    """x where `ref` is x - max(x), which a softmax does not see."""
+    single = view.expand(ref).single
+    if isinstance(single, Sum) and single.const == 0.0 and len(single.items) == 2:
+        for kept, maximum in (single.items, single.items[::-1]):
+            subtracted = maximum.factors[0][0]
+            reduced = subtracted
+            if isinstance(subtracted, Ref):
+                reduced = view.expand(subtracted).single
+            if kept.origin is not None and kept.coef == 1.0 and maximum.coef == -1.0 and isinstance(reduced, Reduce):
+                inner = reduced.child
+                if reduced.kind == "max" and isinstance(inner, Ref) and inner.value is view.peel(kept.origin).ref.value:
+                    return kept.origin
+    return ref
+
+
+def _covers(layout: Layout, positions: list[int], axis: int) -> bool:
+    """Whether these coordinates are the whole of one source axis, and nothing else reads that axis."""
+    if layout.source[axis] == 1:
+        return all(not layout.depends(position) for position in positions)
+    return len(positions) == 1 and layout.whole(positions[0]) == axis
+
+
+def _variable(item: Item) -> p.Var | None:
+    if len(item.factors) == 1 and item.factors[0][1] == 1.0 and isinstance(item.factors[0][0], p.Var):
+        return item.factors[0][0]
+    return None
+
+
+def _may_be_absent(argument: Prod, plan: Plan) -> bool:
+    single = argument.single
+    return isinstance(single, p.Var) and plan.captures[single.name].kind == "optional"
+
+
+def _name(given: Atom) -> str:
+    return given.value.name if isinstance(given, Ref) else ""
+
+
+def _spell(dims: Dims | None) -> str:
+    return " ".join(token if isinstance(token, str) else f"({' '.join(token)})" for token in dims or (ELLIPSIS,))
+
+
+def _describe(atom: Atom, exponent: float = 1.0) -> str:
+    """An atom in the words of the graph, or of the pattern."""
+    if isinstance(atom, Ref):
+        node = atom.value.producer
+        text = f"{node.op}({atom.value.name})" if node is not None else atom.value.name
+    elif isinstance(atom, p.Var):
+        text = atom.name
+    elif isinstance(atom, p.Op):
+        text = atom.name
+    elif isinstance(atom, Sum):
+        text = "a sum"
+    elif isinstance(atom, p.Mean | Reduce):
+        text = "a mean"
+    elif isinstance(atom, p.MatMul | Contract):
+        text = "a MatMul"
+    elif isinstance(atom, p.Softmax):
+        text = "Softmax"
+    elif isinstance(atom, p.Fused):
+        text = " or ".join(atom.pattern.readers)
+    else:
+        text = "a product"
+    return text if exponent == 1.0 else f"{text} ** {exponent:g}"
+
+
+def _describe_item(item: Item) -> str:
+    text = " * ".join(_describe(atom, exponent) for atom, exponent in item.factors)
+    return text if item.coef == 1.0 else f"{item.coef:g} * {text}"

@@ -1,0 +1,218 @@
+"""Placement: get a value into the axes a fused node reads, from what stands in the graph or by new nodes.
+
+A wanted layout is first looked up: exporters have usually written the value in those axes somewhere. Only where nothing
+stands, Reshape, Transpose and Expand are asked for, and they are shared by every match that wants the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fusion.dims import Dim, divide, equal, product
+from fusion.graph import Node, Scope, Value
+from fusion.layout import Layout
+from fusion.terms import Ref
+from fusion.verdict import Verdict
+from fusion.view import View
+
+if TYPE_CHECKING:
+    from fusion.emit import Builder, Operand
+
+REACH = 48
+"""How many rearrangements of one value are looked at; hubs have thousands."""
+
+
+def standing(view: View, ref: Ref, dtype: int | None, at: Node) -> Value | None:
+    """The value computed before `at` that lies exactly as `ref` says, in this dtype; None where there is none."""
+    for value, layout in _rearranged(view, ref.value, at):
+        if layout == ref.layout and (dtype is None or view.facts.dtype(value) == dtype):
+            return value
+    return None
+
+
+def _rearranged(view: View, source: Value, at: Node) -> Iterator[tuple[Value, Layout]]:
+    """The source and what rearranges or repeats it before `at`, each with its layout over the source, nearest first."""
+    shape = view.facts.shape(source)
+    if shape is None:
+        return
+    queue: list[tuple[Value, Layout]] = [(source, Layout.identity(shape))]
+    seen = {source}
+    for value, layout in queue:
+        yield value, layout
+        if len(seen) > REACH:
+            continue
+        for node in list(value.uses)[:REACH]:
+            for output in node.outputs:
+                if output is None or output in seen or not before(output, at):
+                    continue
+                root = view.root(output)
+                step = view.step(output, root.layout) if root is not None else None
+                if step is None or step[0] is not value:
+                    continue
+                composed = step[1].compose(layout)
+                if composed is not None:
+                    seen.add(output)
+                    queue.append((output, composed))
+
+
+def before(value: Value, at: Node) -> bool:
+    """Whether `value` is computed before `at`, in its scope or one around it."""
+    scope: Scope | None = at.scope
+    inner = at
+    while scope is not None:
+        if value.scope is scope:
+            return value.producer is None or value.producer.position < inner.position
+        if scope.owner is not None:
+            inner = scope.owner
+        scope = scope.parent
+    return False
+
+
+def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -> Operand:
+    """The operand that lies as `ref` says: standing in the graph, or made by the fewest new nodes.
+
+    Raises:
+        Unmet: the layout cannot be written with Reshape, Transpose and Expand, or a size in it is unknown.
+    """
+    found = standing(view, ref, dtype, at)
+    if found is not None:
+        return found
+    best: tuple[int, Value, _Steps] | None = None
+    for value, layout in _rearranged(view, ref.value, at):
+        wanted = _express(ref.layout, layout)
+        steps = _plan(wanted) if wanted is not None else None
+        if steps is not None and (best is None or steps.count < best[0]):
+            best = (steps.count, value, steps)
+    if best is None:
+        raise builder.unmet(f"{ref.value.name} cannot be rearranged into the axes the fused node reads", ref.value)
+    _, value, steps = best
+    made: Operand = value
+    have: tuple[Dim, ...] = view.facts.shape(value) or ()
+    for op, target in steps.order:
+        if op == "Transpose":
+            have = tuple(have[axis] for axis in target)  # type: ignore[index]
+            made = builder.shared("Transpose", [made], have, perm=list(target))
+        else:
+            dims = tuple(target)
+            made = builder.shared(op, [made, builder.sizes(dims, have, copy=op == "Reshape")], dims)
+            have = dims
+    given = view.facts.dtype(value)
+    if dtype is not None and given != dtype:
+        made = builder.shared("Cast", [made], have, dtype=dtype, to=dtype)
+    return made
+
+
+def _express(wanted: Layout, have: Layout) -> Layout | None:
+    """`wanted` over the value whose layout over the same source is `have`; None where that value lacks a part."""
+    if wanted == have:
+        return Layout.identity(have.shape)
+    axes = []
+    for axis in wanted.axes:
+        factors = []
+        for source, stride, size in axis:
+            if source is None:
+                factors.append((None, 0, size))
+                continue
+            part = _find(have, source, stride, size)
+            if part is None:
+                return None
+            factors.append(part)
+        axes.append(tuple(factors))
+    expressed = Layout(tuple(axes), (0,) * len(have.axes), have.shape)
+    return expressed if expressed.compose(have) == wanted else None
+
+
+def _find(have: Layout, source: int, stride: Dim, size: Dim) -> tuple[int, Dim, Dim] | None:
+    for index, axis in enumerate(have.axes):
+        inner: Dim = 1
+        for own, step, length in reversed(axis):
+            if own == source:
+                multiple = divide(stride, step)
+                if multiple is not None and divide(length, multiple * size) is not None:
+                    return index, inner * multiple, size
+            inner = inner * length
+    return None
+
+
+class _Steps:
+    """Reshape, Transpose, Reshape, Expand, Reshape, as far as they are needed."""
+
+    def __init__(self) -> None:
+        self.order: list[tuple[str, tuple[Dim, ...]]] = []
+
+    @property
+    def count(self) -> int:
+        return len(self.order)
+
+
+def _plan(wanted: Layout) -> _Steps | None:
+    """The operators that bring a value into `wanted`; None where a part of the value is cut out of it."""
+    if any(offset != 0 for offset in wanted.offsets):
+        return None
+    split: list[tuple[int, Dim, Dim]] = []
+    for axis, dim in enumerate(wanted.source):
+        own = [factor for factors in wanted.axes for factor in factors if factor[0] == axis]
+        ordered = _descending([(stride, size) for _, stride, size in own])
+        if ordered is None or equal(product(size for _, size in ordered), dim) is not Verdict.YES:
+            return None
+        split.extend((axis, stride, size) for stride, size in ordered)
+    steps = _Steps()
+    if [size for *_, size in split] != list(wanted.source):
+        steps.order.append(("Reshape", tuple(size for *_, size in split)))
+    flat = [factor for factors in wanted.axes for factor in factors]
+    real = [factor for factor in flat if factor[0] is not None]
+    order = [split.index(factor) for factor in real]  # type: ignore[arg-type]
+    if order != sorted(order):
+        steps.order.append(("Transpose", tuple(order)))
+    current = [size for *_, size in real]
+    single = [1 if factor[0] is None else factor[2] for factor in flat]
+    if single != [size for *_, size in flat]:
+        if single != current:
+            steps.order.append(("Reshape", tuple(single)))
+        current = [size for *_, size in flat]
+        steps.order.append(("Expand", tuple(current)))
+    if current != list(wanted.shape):
+        steps.order.append(("Reshape", wanted.shape))
+    return steps
+
+
+def _descending(factors: list[tuple[Dim, Dim]]) -> list[tuple[Dim, Dim]] | None:
+    """The factors of one axis from the outermost in, if each stride is the size of what is inside it."""
+    ordered: list[tuple[Dim, Dim]] = []
+    inner: Dim = 1
+    remaining = list(factors)
+    while remaining:
+        following = next((factor for factor in remaining if factor[0] == inner), None)
+        if following is None:
+            return None
+        remaining.remove(following)
+        ordered.insert(0, following)
+        inner = inner * following[1]
+    return ordered
+
+
+def shape_items(dims: tuple[Dim, ...], have: tuple[Dim, ...], copy: bool) -> list[int | Dim]:
+    """A shape tensor's items: numbers, 0 where Reshape may copy, one -1; what stays a Dim must be computed."""
+    items: list[int | Dim] = []
+    inferred = False
+    for index, dim in enumerate(dims):
+        if isinstance(dim, int):
+            items.append(dim)
+        elif copy and index < len(have) and have[index] == dim:
+            items.append(0)
+        elif not copy and index < len(have) and have[index] == dim:
+            items.append(1)
+        elif copy and not inferred:
+            inferred = True
+            items.append(-1)
+        else:
+            items.append(dim)
+    return items
+
+
+def int64(items: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """A shape tensor."""
+    return np.array(items, dtype=np.int64)

@@ -1,0 +1,273 @@
+"""Plans: a traced pattern in normal form, one plan for each way of reading its calls and alternatives.
+
+A call of another pattern is read twice: opened, as that pattern's own formula, and as the fused node it may already be.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fusion.language import Capture, Dims, Expr, Pattern, walk
+from fusion.terms import Atom, Group, Item, Prod, Sum, add, leaf, multiply, number, power
+
+
+class Var(NamedTuple):
+    """A capture, read along the letters of `dims`."""
+
+    name: str
+    dims: Dims | None = None
+
+
+class Op(NamedTuple):
+    """An elementwise operator without parameters, such as Erf."""
+
+    name: str
+    child: Prod
+
+
+class Mean(NamedTuple):
+    """A mean over letters."""
+
+    child: Prod
+    letters: tuple[str, ...]
+
+
+class Softmax(NamedTuple):
+    """A softmax over a letter."""
+
+    child: Prod
+    letters: tuple[str, ...]
+
+
+class MatMul(NamedTuple):
+    """A contraction over letters."""
+
+    left: Prod
+    right: Prod
+    letters: tuple[str, ...]
+
+
+class Fused(NamedTuple):
+    """A node of one of the operators that `pattern` reads."""
+
+    pattern: Pattern
+    arguments: tuple[tuple[str, Prod | None], ...]
+    letters: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __hash__(self) -> int:
+        return id(self.pattern)
+
+
+class Kept(NamedTuple):
+    """An interior value that is an output too."""
+
+    index: int
+    child: Prod
+
+
+SPELLINGS: Mapping[str, frozenset[str]] = {
+    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}),
+    "softmax": frozenset({"Softmax"}),
+    "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul"}),
+    "root": frozenset({"Sqrt", "Pow", "ReduceL2"}),
+    "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
+}
+"""Operators that may spell a part of a formula."""
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class Plan:
+    """A pattern ready to match.
+
+    Attributes:
+        root: the normal form of its result.
+        dims: axes of the result.
+        anchors: for each mandatory part, the operators that may spell it; the rarest in a graph is the anchor.
+        weight: how many operators the formula has.
+    """
+
+    pattern: Pattern
+    root: Prod
+    dims: Dims
+    captures: Mapping[str, Capture]
+    kept: tuple[str, ...]
+    anchors: tuple[frozenset[str], ...]
+    weight: int
+
+
+def compile_pattern(pattern: Pattern) -> list[Plan]:
+    """Return the plans of a pattern, the opened reading first."""
+    plans: list[Plan] = []
+    decisions: list[int] = []
+    while True:
+        builder = _Builder(pattern, decisions)
+        root = builder.result()
+        anchors = tuple(dict.fromkeys(_anchors(root)))
+        plans.append(
+            Plan(pattern, root, pattern.dims, pattern.captures, builder.kept_names, anchors, weight(root))
+        )
+        decisions = [choice for choice, _ in builder.taken]
+        while decisions and decisions[-1] + 1 >= builder.taken[len(decisions) - 1][1]:
+            decisions.pop()
+        if not decisions:
+            return plans
+        decisions[-1] += 1
+
+
+class _Builder:
+    """Build one plan, taking the given decisions at calls and alternatives, and the first choice after them."""
+
+    def __init__(self, pattern: Pattern, decisions: list[int]) -> None:
+        self.pattern = pattern
+        self.decisions = decisions
+        self.taken: list[tuple[int, int]] = []
+        self.memo: dict[tuple[int, int], Prod] = {}
+        self.kept = {id(expr.args[0]): index for index, expr in enumerate(pattern.kept)}
+        self.kept_names = tuple(expr.args[0].name or f"kept{index}" for index, expr in enumerate(pattern.kept))
+
+    def result(self) -> Prod:
+        return self.term(self.pattern.result, _Frame(self.pattern, {}, {}))
+
+    def decide(self, choices: int) -> int:
+        index = len(self.taken)
+        choice = self.decisions[index] if index < len(self.decisions) else 0
+        self.taken.append((choice, choices))
+        return choice
+
+    def factor(self, expr: Expr, frame: _Frame) -> Prod:
+        """The term of an operand: kept together where the formula uses it more than once."""
+        term = self.term(expr, frame)
+        if frame.pattern is self.pattern and id(expr) in self.kept:
+            return leaf(Kept(self.kept[id(expr)], term))
+        if frame.uses[id(expr)] > 1 and expr.kind not in ("const", "var", "call") and term.factors:
+            return leaf(Group(term)) if term.single is None or isinstance(term.single, Sum) else term
+        return term
+
+    def term(self, expr: Expr, frame: _Frame) -> Prod:
+        key = (id(expr), id(frame))
+        known = self.memo.get(key)
+        if known is None:
+            known = self.memo[key] = self._term(expr, frame)
+        return known
+
+    def _term(self, expr: Expr, frame: _Frame) -> Prod:
+        args = expr.args
+        letters = tuple(letter for own in expr.letters for letter in frame.letters.get(own, (own,)))
+        if expr.kind == "const":
+            return number(expr.value)
+        if expr.kind == "var":
+            return frame.arguments[expr.name] if expr.name in frame.arguments else leaf(Var(expr.name, expr.tokens))
+        if expr.kind == "mul":
+            return multiply(self.factor(args[0], frame), self.factor(args[1], frame))
+        if expr.kind == "pow":
+            raised = power(self.factor(args[0], frame), expr.value)
+            assert raised is not None, "a pattern's exponents are in domain"
+            return raised
+        if expr.kind == "add":
+            terms = [self.factor(arg, frame) for arg in args]
+            return add(0.0, [Item(term.coef, term.factors) for term in terms])
+        if expr.kind == "op":
+            return leaf(Op(expr.name, self.factor(args[0], frame)))
+        if expr.kind == "reduce":
+            return leaf(Mean(self.factor(args[0], frame), letters))
+        if expr.kind == "softmax":
+            return leaf(Softmax(self.factor(args[0], frame), letters))
+        if expr.kind == "matmul":
+            return leaf(MatMul(self.factor(args[0], frame), self.factor(args[1], frame), letters))
+        if expr.kind in ("axes", "keep"):
+            return self.factor(args[0], frame)
+        if expr.kind == "either":
+            return self.factor(args[self.decide(len(args))], frame)
+        assert expr.kind == "call" and expr.call is not None
+        return self._call(expr, frame)
+
+    def _call(self, expr: Expr, frame: _Frame) -> Prod:
+        call = expr.call
+        assert call is not None
+        letters = {
+            own: tuple(outer for letter in bound for outer in frame.letters.get(letter, (letter,)))
+            for own, bound in call.letters.items()
+        }
+        callee = call.pattern
+        fused = bool(callee.readers) and self.decide(2) == 1
+        arguments: dict[str, Prod | None] = {
+            name: None if argument is None else self.factor(argument, frame) for name, argument in call.arguments.items()
+        }
+        if fused:
+            return leaf(Fused(callee, tuple(arguments.items()), tuple(letters.items())))
+        given = {name: number(_neutral(callee, name)) if term is None else term for name, term in arguments.items()}
+        inner = _Frame(callee, given, letters)
+        for name, term in given.items():
+            if inner.used[name] > 1 and term.factors and not isinstance(term.single, Var | Group | Kept):
+                given[name] = leaf(Group(term))
+        return self.term(callee.result, inner)
+
+
+def _neutral(pattern: Pattern, name: str) -> float:
+    """What an optional capture that is left out stands for: 0 where it is added, 1 where it is multiplied."""
+    parents = [expr for expr in walk(pattern.result) for arg in expr.args if arg.kind == "var" and arg.name == name]
+    return 0.0 if all(parent.kind == "add" for parent in parents) else 1.0
+
+
+class _Frame:
+    """One formula being built: whose, with what for its captures and letters."""
+
+    def __init__(self, pattern: Pattern, arguments: Mapping[str, Prod], letters: Mapping[str, tuple[str, ...]]) -> None:
+        self.pattern = pattern
+        self.arguments = arguments
+        self.letters = letters
+        self.uses: Counter[int] = Counter()
+        self.used: Counter[str] = Counter()
+        for expr in walk(pattern.result):
+            for arg in expr.args:
+                self.uses[id(arg)] += 1
+                if arg.kind == "var":
+                    self.used[arg.name] += 1
+
+
+def children(atom: Atom) -> Iterator[Prod]:
+    """The terms below an atom of a plan."""
+    if isinstance(atom, Group):
+        yield atom.product
+    elif isinstance(atom, Sum):
+        for item in atom.items:
+            yield Prod(item.coef, item.factors)
+    elif isinstance(atom, Op | Mean | Softmax | Kept):
+        yield atom.child
+    elif isinstance(atom, MatMul):
+        yield atom.left
+        yield atom.right
+    elif isinstance(atom, Fused):
+        for _, argument in atom.arguments:
+            if argument is not None:
+                yield argument
+
+
+def weight(term: Prod) -> int:
+    """The number of operators of a term."""
+    total = 0 if term.coef == 1.0 else 1
+    for atom, _ in term.factors:
+        own = 0 if isinstance(atom, Var | Group | Kept) else 1
+        total += own + sum(weight(child) for child in children(atom))
+    return total
+
+
+def _anchors(term: Prod) -> Iterator[frozenset[str]]:
+    for atom, exponent in term.factors:
+        if isinstance(atom, Op):
+            yield frozenset({atom.name})
+        elif isinstance(atom, Mean):
+            yield SPELLINGS["mean"]
+        elif isinstance(atom, Softmax):
+            yield SPELLINGS["softmax"]
+        elif isinstance(atom, MatMul):
+            yield SPELLINGS["matmul"]
+        elif isinstance(atom, Fused):
+            yield frozenset(atom.pattern.readers)
+        if exponent in (0.5, -0.5):
+            yield SPELLINGS["root"]
+        for child in children(atom):
+            yield from _anchors(child)

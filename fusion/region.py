@@ -1,0 +1,105 @@
+"""The region of a match: the nodes between its captures and its root, and the safety rules they must obey.
+
+Values on the computed path are private: no consumer outside, no graph output. Layout prefixes, masks and who asks for a
+shape may be shared; they stay if somebody needs them and go if nobody does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fusion.graph import Node, Value
+from fusion.match import Miss, State
+from fusion.terms import Ref
+from fusion.verdict import Verdict
+from fusion.view import View
+
+ABSORBED = 12
+"""How far a side reader is followed to see whether it dies with the region."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Nodes of a match.
+
+    Attributes:
+        core: nodes on the computed path, in order.
+        prefix: rearrangements and casts between a capture and the core.
+    """
+
+    core: tuple[Node, ...]
+    prefix: tuple[Node, ...]
+
+
+def region_of(view: View, root: Value, state: State) -> Region | Miss:
+    """The region of a match, or the obligation it breaks."""
+    stops = set(sources(state))
+    kept = {ref.value for ref in state.kept.values()}
+    producer = root.producer
+    if producer is None:
+        return Miss("privacy", f"{root.name} is computed by no node", Verdict.NO, 1, root.name)
+    visited: dict[Node, None] = {producer: None}
+    stack = [producer]
+    while stack:
+        node = stack.pop()
+        for value in _needed(view, node):
+            if value in stops or view.facts.is_constant(value) or view.number(value) is not None:
+                continue
+            if value.producer is None:
+                return Miss("same value", f"the region also reads {value.name}, which no capture binds", Verdict.NO, 1,
+                            value.name)
+            if value.producer not in visited:
+                visited[value.producer] = None
+                stack.append(value.producer)
+    ordered = sorted(visited, key=lambda node: node.position)
+    prefix: dict[Node, None] = {}
+    for node in ordered:
+        if node.scope is not producer.scope:
+            return Miss("privacy", f"{node.label} is in another scope than {root.name}", Verdict.NO, 1, node.label)
+        data = node.inputs[0] if node.inputs else None
+        output = node.outputs[0] if node.outputs else None
+        if node is producer or data is None or output is None or not view.rearranges(node):
+            continue
+        if data in stops or data.producer in prefix:
+            prefix[node] = None
+    core = [node for node in ordered if node not in prefix]
+    for node in core:
+        for value in node.outputs:
+            if value is None or value is root or value in kept:
+                continue
+            if value.is_output:
+                return Miss("privacy", f"{value.name} inside the region is a graph output", Verdict.NO, 1, value.name)
+            for reader in value.uses:
+                if reader not in visited and not _dies(reader, visited, ABSORBED):
+                    return Miss("privacy", f"{value.name} inside the region is also read by {reader.label}", Verdict.NO,
+                                1, value.name)
+    return Region(tuple(core), tuple(prefix))
+
+
+def sources(state: State) -> list[Value]:
+    """The values a match binds."""
+    bound: list[Value] = []
+    for capture in state.bound.values():
+        if isinstance(capture, Ref):
+            bound.append(capture.value)
+        elif isinstance(capture, tuple):
+            bound.extend(entry.ref.value for entry in capture)
+    return bound
+
+
+def _needed(view: View, node: Node) -> list[Value]:
+    """The inputs whose numbers a node computes with: of a rearrangement only the data, not the shape."""
+    inputs = node.inputs[:1] if view.rearranges(node) else node.inputs
+    return [value for value in inputs if value is not None]
+
+
+def _dies(reader: Node, visited: dict[Node, None], depth: int) -> bool:
+    """Whether a reader from outside is of use to the region only."""
+    if depth == 0:
+        return False
+    for value in reader.outputs:
+        if value is None:
+            continue
+        if value.is_output or not all(use in visited or _dies(use, visited, depth - 1) for use in value.uses):
+            return False
+    return True

@@ -1,0 +1,341 @@
+"""Rewriting: find anchors, match plans, resolve overlaps by gain, emit, apply; again near what changed, to a fixpoint.
+
+Deterministic: candidates are ordered by gain, then by position; nothing depends on hash order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from fusion import plan as p
+from fusion.apply import apply
+from fusion.emit import Builder, Found, New, Unmet
+from fusion.facts import Facts
+from fusion.graph import Graph, Node, Value
+from fusion.language import Pattern
+from fusion.match import Matcher, Miss, State
+from fusion.plan import SPELLINGS, Plan, compile_pattern
+from fusion.region import Region, region_of
+from fusion.targets import Target
+from fusion.terms import Ref
+from fusion.verdict import Verdict
+from fusion.view import MERGED, View
+
+SWEEPS = 8
+"""Upper bound of the fixpoint; rules shrink the graph, so it is rarely more than two."""
+CLIMB = 40
+"""How many values above an anchor are considered as roots."""
+NEAR = 6
+"""How far around a change anchors are tried again."""
+
+PASSING = MERGED | {"Where", "IsNaN", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity",
+                    "Cast", "Dropout"}
+"""Operators that may stand between an anchor and its root without being named in a formula."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A match that has not been written yet."""
+
+    plan: Plan
+    root: Value
+    ref: Ref
+    state: State
+    region: Region
+
+    @property
+    def order(self) -> tuple[int, tuple[int, int], str, str]:
+        """Largest gain first, then position."""
+        assert self.root.producer is not None
+        return (-len(self.region.core), self.root.producer.position, self.plan.pattern.name, self.root.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """One rewrite that was made.
+
+    Attributes:
+        pattern: its name.
+        root: name of the value it computes.
+        operators: the new nodes.
+        replaced: labels of the nodes it replaced.
+        scope: where.
+    """
+
+    pattern: str
+    root: str
+    operators: tuple[str, ...]
+    replaced: tuple[str, ...]
+    scope: str
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A place where a pattern nearly holds, and what is unmet."""
+
+    pattern: str
+    root: str
+    misses: tuple[Miss, ...]
+    weight: int
+
+    @property
+    def unmet(self) -> int:
+        """The weight of what is unmet."""
+        return sum(miss.weight for miss in self.misses)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run did."""
+
+    rewritten: list[Rewritten] = field(default_factory=list)
+    near: list[NearMiss] = field(default_factory=list)
+    sweeps: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+
+class Rewriter:
+    """Finds and writes fusions in one graph.
+
+    Args:
+        graph: the index.
+        patterns: what to look for.
+        target: where the result must run.
+    """
+
+    def __init__(self, graph: Graph, patterns: Sequence[Pattern], target: Target) -> None:
+        self.graph = graph
+        self.facts = Facts(graph)
+        self.view = View(graph, self.facts)
+        self.target = target
+        self.plans = [plan for pattern in patterns for plan in plans_of(pattern)]
+        self.outcome = Outcome()
+        self._failed: dict[tuple[str, str], NearMiss] = {}
+
+    def run(self) -> Outcome:
+        """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
+        dirty: set[Node] | None = None
+        for sweep in range(SWEEPS):
+            self.outcome.sweeps = sweep + 1
+            started = time.perf_counter()
+            candidates = self.candidates(dirty)
+            self.outcome.seconds["match"] += time.perf_counter() - started
+            started = time.perf_counter()
+            made = self._write(candidates)
+            self.outcome.seconds["rewrite"] += time.perf_counter() - started
+            if not made:
+                break
+            self.view.forget()
+            dirty = _around(made)
+        self.outcome.near.extend(self._failed.values())
+        return self.outcome
+
+    # -- finding ----------------------------------------------------------------------------------------------------
+
+    def candidates(self, dirty: set[Node] | None = None) -> list[Candidate]:
+        """All matches, best first; near `dirty` nodes only where given."""
+        found: list[Candidate] = []
+        for plan in self.plans:
+            if self.emissions(plan.pattern):
+                found.extend(self._of_plan(plan, dirty))
+        return sorted(found, key=lambda candidate: candidate.order)
+
+    def emissions(self, pattern: Pattern) -> list[p.Any]:
+        """The ways to write a pattern for the target, preferred first."""
+        return [emission for emission in pattern.emissions if self.target.name in emission.targets]
+
+    def anchors(self, plan: Plan) -> list[Node]:
+        """The nodes that may spell the part of the formula that is rarest in this graph; empty where one is absent."""
+        counted = [
+            (sum(len(self.graph.by_op.get(op, ())) for op in spelled), sorted(spelled)) for spelled in plan.anchors
+        ]
+        count, spelled = min(counted)
+        if count == 0:
+            return []
+        nodes = [node for op in spelled for node in self.graph.by_op.get(op, ())]
+        return sorted(nodes, key=lambda node: (node.scope.name, node.position))
+
+    def _of_plan(self, plan: Plan, dirty: set[Node] | None) -> Iterator[Candidate]:
+        tried: set[Value] = set()
+        covered: set[Node] = set()
+        for anchor in self.anchors(plan):
+            if anchor in covered or (dirty is not None and anchor not in dirty):
+                continue
+            for root in self.roots(plan, anchor):
+                if root in tried:
+                    continue
+                tried.add(root)
+                candidate = self._at(plan, root)
+                if candidate is not None:
+                    covered.update(candidate.region.core)
+                    yield candidate
+                    break
+
+    def _at(self, plan: Plan, root: Value) -> Candidate | None:
+        for ref, state in Matcher(self.view, plan).match(root):
+            region = region_of(self.view, root, state)
+            if isinstance(region, Region):
+                return Candidate(plan, root, ref, state, region)
+            self._note(plan, root, (region,))
+        return None
+
+    def roots(self, plan: Plan, anchor: Node) -> list[Value]:
+        """Values above an anchor that may be the pattern's result, outermost first."""
+        named = plan_operators(plan)
+        reached: dict[Value, int] = {}
+        stack = [(value, 0) for value in anchor.outputs[:1] if value is not None]
+        height = plan_height(plan)
+        while stack and len(reached) < CLIMB:
+            value, above = stack.pop(0)
+            if value in reached:
+                continue
+            reached[value] = above
+            if value.is_output or len(value.uses) > 6:
+                continue
+            for node in value.uses:
+                step = 0 if node.key in PASSING else 1
+                if (step and node.key not in named) or above + step > height or node.scope is not anchor.scope:
+                    continue
+                stack.extend((output, above + step) for output in node.outputs[:1] if output is not None)
+        fits = [value for value in reached if self._may_be_root(plan, value)]
+        return sorted(fits, key=lambda value: value.producer.position if value.producer else (0, 0), reverse=True)
+
+    def _may_be_root(self, plan: Plan, value: Value) -> bool:
+        node = value.producer
+        single = plan.root.single
+        if node is None:
+            return False
+        if isinstance(single, p.MatMul):
+            if len(plan.dims) > 1 and any(isinstance(token, tuple) for token in plan.dims):
+                return self.view.rearranges(node)
+            return node.key in SPELLINGS["matmul"]
+        if isinstance(single, p.Fused):
+            return node.key in single.pattern.readers
+        if isinstance(single, p.Op):
+            return node.key == single.name
+        if isinstance(single, p.Softmax):
+            return node.key in SPELLINGS["softmax"]
+        return node.key in MERGED
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def _write(self, candidates: Iterable[Candidate]) -> list[Node]:
+        made: list[Node] = []
+        taken: set[Node] = set()
+        for candidate in candidates:
+            if any(node in taken for node in candidate.region.core):
+                continue
+            nodes = self._emit(candidate)
+            if nodes:
+                taken.update(candidate.region.core)
+                made.extend(nodes)
+        return made
+
+    def _emit(self, candidate: Candidate) -> list[Node]:
+        misses: list[Miss] = []
+        for emission in self.emissions(candidate.plan.pattern):
+            found = Found(self.view, candidate.plan, candidate.ref, candidate.root, candidate.state, candidate.region)
+            builder = Builder(found)
+            try:
+                returned = emission.build(found, builder)
+                results: list[New] = list(returned) if isinstance(returned, tuple) else [returned]
+                found.require_order(builder.inputs)
+                builder.require_kernels(self.target)
+                found.require_gain(builder.nodes)
+            except Unmet as unmet:
+                misses.append(unmet.miss)
+                continue
+            label = candidate.root.producer.scope.name if candidate.root.producer else ""
+            nodes = apply(self.graph, found, builder.nodes, results)
+            self.outcome.rewritten.append(
+                Rewritten(
+                    candidate.plan.pattern.name,
+                    candidate.root.name,
+                    tuple(node.key for node in nodes),
+                    tuple(node.label for node in candidate.region.core),
+                    label,
+                )
+            )
+            return nodes
+        self._note(candidate.plan, candidate.root, tuple(misses))
+        return []
+
+    def _note(self, plan: Plan, root: Value, misses: tuple[Miss, ...]) -> None:
+        """Remember why a match was not written, the reason nearest to success first."""
+        key = (plan.pattern.name, root.name)
+        if misses and key not in self._failed:
+            self._failed[key] = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
+
+    # -- explaining -------------------------------------------------------------------------------------------------
+
+    def explain(self, plan: Plan, anchor: Node) -> NearMiss | None:
+        """The nearest miss of a plan around an anchor: what keeps the subgraph from being the pattern."""
+        best: NearMiss | None = None
+        for root in self.roots(plan, anchor):
+            for _, state in Matcher(self.view, plan, record=True).match(root):
+                misses = state.misses
+                if not misses:
+                    region = region_of(self.view, root, state)
+                    if isinstance(region, Region):
+                        return None
+                    misses = (region,)
+                near = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
+                if best is None or near.unmet < best.unmet:
+                    best = near
+        return best
+
+
+_plans: dict[int, tuple[Pattern, list[Plan]]] = {}
+
+
+def plans_of(pattern: Pattern) -> list[Plan]:
+    """The compiled plans of a pattern, compiled once."""
+    known = _plans.get(id(pattern))
+    if known is None:
+        known = _plans[id(pattern)] = (pattern, compile_pattern(pattern))
+    return known[1]
+
+
+def plan_operators(plan: Plan) -> frozenset[str]:
+    """Every operator that may spell a part of the plan."""
+    return frozenset().union(*plan.anchors)
+
+
+def plan_height(plan: Plan) -> int:
+    """The largest number of formulas above a formula: how many named operators may stand between anchor and root."""
+
+    def height(term: p.Prod) -> int:
+        inner = 0
+        for atom, _ in term.factors:
+            own = 1 if isinstance(atom, p.Op | p.Mean | p.Softmax | p.MatMul | p.Fused) else 0
+            inner = max([inner, own, *(own + height(child) for child in p.children(atom))])
+        return inner
+
+    return max(0, height(plan.root) - 1)
+
+
+def _around(nodes: Iterable[Node]) -> set[Node]:
+    """The nodes within `NEAR` steps of these."""
+    seen = set(nodes)
+    edge = list(seen)
+    for _ in range(NEAR):
+        following: list[Node] = []
+        for node in edge:
+            beside = [value.producer for value in node.inputs if value is not None and value.producer is not None]
+            for value in node.outputs:
+                if value is not None and len(value.uses) <= 8:
+                    beside.extend(value.uses)
+            for other in beside:
+                if other not in seen:
+                    seen.add(other)
+                    following.append(other)
+        edge = following
+    return seen
+
+
+def verdict_of(misses: Sequence[Miss]) -> Verdict:
+    """NO where something differs, UNKNOWN where only facts are missing."""
+    return Verdict.UNKNOWN if all(miss.verdict is Verdict.UNKNOWN for miss in misses) else Verdict.NO

@@ -1,0 +1,176 @@
+"""Terms: the one-level normal form shared by patterns and graphs.
+
+A value is a product `coef * atom ** exponent * …`; an atom is a leaf or a sum `const + coef * atom ** exponent * … + …`.
+What a leaf is differs: in a graph a `Ref` (a value, seen through a layout) or a contraction or reduction over such; in a
+pattern a capture or an operator. The algebra below knows neither, so both are normalised by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple
+
+from fusion.graph import Value
+from fusion.layout import Layout
+
+Atom = Hashable
+Factors = tuple[tuple[Atom, float], ...]
+
+
+class Ref(NamedTuple):
+    """A value of the graph in coordinates: `layout` maps coordinate axes to axes of `value`."""
+
+    value: Value
+    layout: Layout
+
+
+class Prod(NamedTuple):
+    """coef * Π atom ** exponent."""
+
+    coef: float
+    factors: Factors
+
+    @property
+    def single(self) -> Atom | None:
+        """The atom where the product is nothing but one atom, else None."""
+        if self.coef == 1.0 and len(self.factors) == 1 and self.factors[0][1] == 1.0:
+            return self.factors[0][0]
+        return None
+
+
+class Item(NamedTuple):
+    """One summand: coef * Π factors. `origin` is the graph's own value for it, worth `share` of the summand."""
+
+    coef: float
+    factors: Factors
+    origin: Ref | None = None
+    share: float = 1.0
+
+
+class Sum(NamedTuple):
+    """const + Σ items; always at least one item, and more than one or a constant."""
+
+    const: float
+    items: tuple[Item, ...]
+
+
+class Group(NamedTuple):
+    """A product kept together as one atom: it is shared, or a fraction may not be distributed over it."""
+
+    product: Prod
+
+
+class Reduce(NamedTuple):
+    """mean or max of `child` over its last `rank` coordinate axes."""
+
+    kind: str
+    child: Ref | Prod
+    rank: int
+
+
+class Contract(NamedTuple):
+    """Σ over the last coordinate axis of left * right."""
+
+    left: Ref
+    right: Ref
+
+
+def number(value: float) -> Prod:
+    """A constant."""
+    return Prod(value, ())
+
+
+def leaf(atom: Atom) -> Prod:
+    """One atom."""
+    return Prod(1.0, ((atom, 1.0),))
+
+
+def multiply(*terms: Prod) -> Prod:
+    """The product; exponents of one atom are added where they have one sign (x / x is not 1 where x is 0)."""
+    coef = 1.0
+    merged: dict[tuple[Atom, bool], float] = {}
+    for term in terms:
+        coef *= term.coef
+        for atom, exponent in term.factors:
+            key = (atom, exponent > 0)
+            merged[key] = merged.get(key, 0.0) + exponent
+    return Prod(coef, tuple((atom, exponent) for (atom, _), exponent in merged.items()))
+
+
+def power(term: Prod, exponent: float) -> Prod | None:
+    """term ** exponent, or None where it is a number out of domain.
+
+    An integer power distributes over a product. A fraction does so only over one factor, and not over an even power:
+    (x ** 2) ** 0.5 is |x|, and (x * y) ** 0.5 is defined where x and y are both negative.
+    """
+    try:
+        coef = float(term.coef**exponent)
+    except (ZeroDivisionError, OverflowError, TypeError):
+        return None
+    if exponent == int(exponent):
+        return Prod(coef, tuple((atom, e * exponent) for atom, e in term.factors))
+    if term.coef < 0:
+        return leaf(Group(term))._replace(factors=((Group(term), exponent),))
+    if not term.factors:
+        return number(coef)
+    if len(term.factors) == 1 and term.factors[0][1] % 2 != 0:
+        atom, inner = term.factors[0]
+        return Prod(coef, ((atom, inner * exponent),))
+    return Prod(coef, ((Group(Prod(1.0, term.factors)), exponent),))
+
+
+def add(const: float, items: Iterable[Item]) -> Prod:
+    """The sum as a product: a nested sum is opened, a factor common to all summands is pulled out.
+
+    So 0.5 x + 0.5 x erf(y) becomes x (0.5 + 0.5 erf(y)).
+    """
+    opened: list[Item] = []
+    for item in items:
+        inner = item.factors[0][0] if len(item.factors) == 1 and item.factors[0][1] == 1.0 else None
+        if isinstance(inner, Sum):
+            const += item.coef * inner.const
+            opened.extend(_scaled(part, item.coef) for part in inner.items)
+        elif not item.factors:
+            const += item.coef
+        else:
+            opened.append(item)
+    merged: dict[frozenset[tuple[Atom, float]], Item] = {}
+    for item in opened:
+        key = frozenset(item.factors)
+        known = merged.get(key)
+        merged[key] = item if known is None else Item(known.coef + item.coef, item.factors)
+    parts = [item for item in merged.values() if item.coef != 0.0]
+    if not parts:
+        return number(const)
+    if len(parts) == 1 and const == 0.0:
+        return Prod(parts[0].coef, parts[0].factors)
+    common = _common(parts) if const == 0.0 else ()
+    if not common:
+        return leaf(Sum(const, tuple(parts)))
+    rest = Prod(1.0, common)
+    inverse = tuple((atom, -exponent) for atom, exponent in common)
+    reduced = [Item(part.coef, _divide(part.factors, dict(inverse))) for part in parts]
+    return multiply(rest, add(0.0, reduced))
+
+
+def _scaled(item: Item, coef: float) -> Item:
+    return Item(item.coef * coef, item.factors, item.origin, item.share * coef)
+
+
+def _common(parts: list[Item]) -> Factors:
+    shared = dict(parts[0].factors)
+    for part in parts[1:]:
+        own = dict(part.factors)
+        shared = {
+            atom: min(exponent, own[atom], key=abs)
+            for atom, exponent in shared.items()
+            if atom in own and (own[atom] > 0) == (exponent > 0)
+        }
+        if not shared:
+            return ()
+    return tuple(shared.items())
+
+
+def _divide(factors: Factors, removed: dict[Atom, float]) -> Factors:
+    remaining = ((atom, exponent + removed.get(atom, 0.0)) for atom, exponent in factors)
+    return tuple((atom, exponent) for atom, exponent in remaining if exponent != 0.0)

@@ -1,0 +1,174 @@
+"""A graph seen as terms: any value, in any coordinates, expanded by one level on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fusion.facts import Facts
+from fusion.graph import Graph, Node, Value
+from fusion.laws import contraction, guards, noise, powers, reduction, ring
+from fusion.layout import Layout
+from fusion.terms import Prod, Ref, leaf, number
+
+Normalise = Callable[[Node, Ref, "View"], "Prod | None"]
+
+LAWS: dict[str, Normalise] = {
+    **dict.fromkeys(ring.SUMS | ring.PRODUCTS, ring.normalise),
+    **dict.fromkeys(powers.OPERATORS, powers.normalise),
+    **dict.fromkeys(reduction.OPERATORS, reduction.normalise),
+    **dict.fromkeys(contraction.OPERATORS, contraction.normalise),
+}
+MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
+"""Operators that a product or sum opens where their result is private."""
+
+
+class Peeled(NamedTuple):
+    """A reference followed through layouts and noise to the nearest value that is neither.
+
+    Attributes:
+        ref: the source, in the same coordinates.
+        private: whether every value on the way, both ends included, has one consumer.
+        crossed: the nodes on the way.
+    """
+
+    ref: Ref
+    private: bool
+    crossed: tuple[Node, ...]
+
+
+class View:
+    """Terms of one graph, memoised until `forget`.
+
+    Args:
+        graph: the index.
+        facts: what is known about its values.
+    """
+
+    def __init__(self, graph: Graph, facts: Facts) -> None:
+        self.graph = graph
+        self.facts = facts
+        self._peeled: dict[Ref, Peeled] = {}
+        self._expanded: dict[Ref, Prod] = {}
+        self._numbers: dict[Value, float | None] = {}
+
+    def forget(self) -> None:
+        """Drop what an edit of the graph may have changed."""
+        self._peeled.clear()
+        self._expanded.clear()
+        self._numbers.clear()
+
+    def root(self, value: Value) -> Ref | None:
+        """The value in its own coordinates; None where its rank is unknown."""
+        shape = self.facts.shape(value)
+        return None if shape is None else Ref(value, Layout.identity(shape))
+
+    def number(self, value: Value) -> float | None:
+        """The number that all elements of `value` equal.
+
+        A stored tensor counts only where it has one element: a weight of all ones is a weight.
+        """
+        if value in self._numbers:
+            return self._numbers[value]
+        stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
+        shape = self.facts.shape(value)
+        constant: float | None = None
+        if not stored or (shape is not None and all(dim == 1 for dim in shape)):
+            constant = self.facts.number(value)
+        self._numbers[value] = constant
+        return constant
+
+    def operand(self, ref: Ref, node: Node, index: int) -> Ref | None:
+        """An operand of an elementwise node in the coordinates of its result `ref`."""
+        value = node.inputs[index]
+        shape = self.facts.shape(value) if value is not None else None
+        if value is None or shape is None:
+            return None
+        layout = ref.layout.broadcast_over(shape)
+        return None if layout is None else Ref(value, layout)
+
+    def peel(self, ref: Ref) -> Peeled:
+        """Follow `ref` through layouts, noise and guards."""
+        known = self._peeled.get(ref)
+        if known is None:
+            known = self._peel(ref)
+            self._peeled[ref] = known
+        return known
+
+    def _peel(self, ref: Ref) -> Peeled:
+        value, layout = ref
+        private, crossed = _single(value), []
+        while (node := value.producer) is not None:
+            step = self.step(value, layout)
+            if step is None:
+                break
+            value, layout = step
+            private = private and _single(value)
+            crossed.append(node)
+        return Peeled(Ref(value, layout), private, tuple(crossed))
+
+    def step(self, value: Value, layout: Layout) -> tuple[Value, Layout] | None:
+        """One step back through a layout operator, noise or a guard; None where `value` is something of its own."""
+        node = value.producer
+        if node is None:
+            return None
+        repeated = noise.crossed(node, value, self.facts) or guards.guarded(node, self.facts)
+        if repeated is not None:
+            same = self.facts.shape(repeated)
+            return (repeated, layout) if same is not None and len(same) == len(layout.source) else None
+        through = self.facts.through(value)
+        if through is None:
+            return None
+        source, inner = through
+        composed = layout.compose(inner)
+        return None if composed is None else (source, composed)
+
+    def rearranges(self, node: Node) -> bool:
+        """Whether the node only rearranges or repeats its first input."""
+        output = node.outputs[0] if node.outputs else None
+        if output is None:
+            return False
+        return noise.crossed(node, output, self.facts) is not None or self.facts.through(output) is not None
+
+    def factor(self, ref: Ref) -> Prod:
+        """The term of an operand inside a sum or product: opened where it is private arithmetic, else a leaf."""
+        constant = self.number(ref.value)
+        if constant is not None:
+            return number(constant)
+        peeled = self.peel(ref)
+        source = peeled.ref.value
+        constant = self.number(source) if peeled.crossed else None
+        if constant is not None:
+            return number(constant)
+        node = source.producer
+        if node is not None and peeled.private and node.key in MERGED:
+            return self.expand(peeled.ref)
+        return leaf(peeled.ref)
+
+    def expand(self, ref: Ref) -> Prod:
+        """The term of a value, one level deep; a leaf where no law knows the operator."""
+        known = self._expanded.get(ref)
+        if known is None:
+            known = self._expand(ref)
+            self._expanded[ref] = known
+        return known
+
+    def _expand(self, ref: Ref) -> Prod:
+        source = self.peel(ref).ref
+        if source != ref:
+            return self.expand(source)
+        node = source.value.producer
+        law = LAWS.get(node.key) if node is not None else None
+        if node is None or law is None or source.value.slot != 0:
+            return leaf(source)
+        return law(node, source, self) or leaf(source)
+
+
+def _single(value: Value) -> bool:
+    """Whether one consumer alone computes with the value; who asks for its shape, or guards it, does not count."""
+    if value.is_output:
+        return False
+    readers = [node for node in value.uses if node.op not in ("Shape", "Size")]
+    if len(readers) == 2:
+        return any(node.op == "Where" and guards.is_private(node, value) for node in readers)
+    return len(readers) == 1

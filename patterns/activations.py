@@ -1,0 +1,97 @@
+"""Gelu in its three forms, Swish, and Gelu with the bias of the projection before it."""
+
+from math import pi
+
+from fusion.language import erf, pattern, scalar, sigmoid, sqrt, tanh
+from fusion.schema import attribute
+
+
+@pattern(x="...")
+def gelu(x):
+    """Gaussian error linear unit, exact: x Φ(x) (Hendrycks & Gimpel 2016, eq. 2)."""
+    return 0.5 * x * (1 + erf(x / sqrt(2)))
+
+
+@pattern(x="...")
+def gelu_tanh(x):
+    """Gelu by its tanh approximation (Hendrycks & Gimpel 2016, section 2); never exchanged for the exact form."""
+    return 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3)))
+
+
+@pattern(x="...", alpha=scalar())
+def swish(x, alpha):
+    """x σ(α x): SiLU where α is 1 (Elfwing et al. 2017), the sigmoid Gelu where α is 1.702 (Hendrycks & Gimpel 2016)."""
+    return x * sigmoid(alpha * x)
+
+
+@pattern(x="... D", bias="D")
+def bias_gelu(x, bias):
+    """Gelu of a projection and its bias, (D,)."""
+    return gelu(x + bias)
+
+
+@pattern(x="... D", bias="D")
+def bias_gelu_tanh(x, bias):
+    """Tanh Gelu of a projection and its bias, (D,)."""
+    return gelu_tanh(x + bias)
+
+
+def _gelu(approximate):
+    def read(node, rank):
+        return {"x": node.inputs[0]} if attribute(node, "approximate") == approximate else None
+
+    return read
+
+
+gelu.reads("Gelu")(_gelu(b"none"))
+gelu_tanh.reads("Gelu")(_gelu(b"tanh"))
+
+
+@gelu.reads("com.microsoft::Gelu")
+def _(node, rank):
+    return {"x": node.inputs[0]}
+
+
+@gelu_tanh.reads("com.microsoft::FastGelu")
+def _(node, rank):
+    return {"x": node.inputs[0]} if node.input(1) is None else None
+
+
+@gelu.emit("onnx", "ort-cpu")
+def _(found, op):
+    return op.Gelu(found.x)
+
+
+@gelu.emit("ort-cpu")
+def _(found, op):
+    return op.microsoft.Gelu(found.x)
+
+
+@gelu_tanh.emit("onnx", "ort-cpu")
+def _(found, op):
+    return op.Gelu(found.x, approximate="tanh")
+
+
+@gelu_tanh.emit("ort-cpu")
+def _(found, op):
+    return op.microsoft.FastGelu(found.x)
+
+
+@swish.emit("onnx")
+def _(found, op):
+    return op.Swish(found.x, alpha=found.alpha)
+
+
+@swish.emit("ort-cpu")
+def _(found, op):
+    return op.microsoft.QuickGelu(found.x, alpha=found.alpha)
+
+
+@bias_gelu.emit("ort-cpu")
+def _(found, op):
+    return op.microsoft.BiasGelu(found.x, found.bias)
+
+
+@bias_gelu_tanh.emit("ort-cpu")
+def _(found, op):
+    return op.microsoft.FastGelu(found.x, found.bias)

@@ -1,0 +1,49 @@
+"""Scaled dot-product attention: on its own, with heads, and with the projections of self-attention."""
+
+from fusion.language import along, axes, optional, pattern, rest, scalar, softmax
+from fusion.patterns.linear import linear
+
+
+@pattern(q="... S D", k="... T D", v="... T E", bias=rest("... S T"), scale=scalar())
+def sdpa(q, k, v, bias, scale):
+    """softmax(scale q kᵀ + bias) v (Vaswani et al. 2017, eq. 1). `bias` is every mask and bias, in order."""
+    return softmax(scale * (q @ axes(k, "... T D -> ... D T")) + bias) @ v
+
+
+@pattern(q="B S (H D)", k="B T (H D)", v="B T (H E)", bias=rest("B|1 H|1 S T"), scale=scalar())
+def multi_head_attention(q, k, v, bias, scale):
+    """Attention over heads that lie side by side in the hidden axis (Vaswani et al. 2017, section 3.2.2)."""
+    q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H T D")
+    v = axes(v, "B T (H E) -> B H T E")
+    return axes(sdpa(q, k, v, bias, scale), "B H S E -> B S (H E)")
+
+
+@pattern(
+    x="B S C",
+    wq="C (H D)", wk="C (H D)", wv="C (H E)",
+    bq=optional("(H D)"), bk=optional("(H D)"), bv=optional("(H E)"),
+    bias=rest("B|1 H|1 S T"), scale=scalar(),
+)  # fmt: skip
+def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
+    """Multi-head attention of projections of one input (Vaswani et al. 2017, section 3.2.2)."""
+    q = linear(x, wq, bq)
+    k, v = linear(along(x, "B T C"), wk, bk), linear(along(x, "B T C"), wv, bv)
+    return multi_head_attention(q, k, v, bias, scale)
+
+
+@multi_head_attention.emit("ort-cpu")
+def _(found, op):
+    q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
+    heads = {"num_heads": found.size("H"), "scale": found.scale}
+    return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, op.additive(found.bias), **heads))
+
+
+@self_attention.emit("ort-cpu")
+def _(found, op):
+    weights = op.packed(found.wq, found.wk, found.wv, axis=1)
+    biases = op.packed(found.bq, found.bk, found.bv, axis=0, absent=(found.wq, found.wk, found.wv))
+    heads = {"num_heads": found.size("H"), "scale": found.scale}
+    if found.wq.shape[1] != found.wv.shape[1]:
+        heads["qkv_hidden_sizes"] = [capture.shape[1] for capture in (found.wq, found.wk, found.wv)]
+    attended = op.microsoft.Attention(found.x, weights, biases, None, None, op.additive(found.bias), **heads)
+    return op.guarded(attended)
