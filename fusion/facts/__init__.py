@@ -1,0 +1,218 @@
+"""Facts about values: element type, shape, small integers, uniform numbers, constants, layouts.
+
+Facts are lazy: a question walks back through producers as far as it needs to, and every answer is kept. They hold in
+every run that succeeds. Nothing reads a payload above `SMALL_PAYLOAD` bytes, except `Facts.constant`, on demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from onnx import ValueInfoProto
+
+from fusion.dims import Dim, Poly, substitute, symbol, weight
+from fusion.facts import constants, dtypes, equalities, numbers, rearrange, shapes, values
+from fusion.facts.integers import IntTensor
+from fusion.graph import Graph, Node, Scope, Value
+from fusion.layout import Layout
+
+__all__ = ["Facts", "IntTensor"]
+
+T = TypeVar("T")
+
+_LARGE = 400
+"""Weight above which a dimension gets a symbol of its own: nobody can use what it says."""
+
+_DEPTH = 40
+"""How many facts ask each other on Python's stack before the work list takes over."""
+
+
+class _Table(Generic[T]):
+    """One kind of fact: how to find it, and what was found."""
+
+    def __init__(self, rule: Callable[[Value], T | None]) -> None:
+        self.rule = rule
+        self.known: dict[Value, T | None] = {}
+
+
+class _TooDeep(Exception):
+    """Raised where facts ask each other too deeply; names the one to find first."""
+
+    def __init__(self, table: _Table[Any], value: Value) -> None:
+        self.table, self.value = table, value
+        super().__init__()
+
+
+class Facts:
+    """What is known about the values of a graph.
+
+    Args:
+        graph: the index. After an edit call `forget` with the values it touched.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.equal: dict[Poly, Dim] = {}
+        """Learned equalities: atom → what it equals. Applied to every dimension of every fact."""
+        self._scopes: dict[Scope, str] = {}
+        self._substituted: dict[Dim, Dim] = {}
+        self._depth = 0
+        self._dtypes = _Table[int](lambda value: dtypes.dtype(self, value))
+        self._shapes = _Table[tuple[Dim, ...]](self._find_shape)
+        self._integers = _Table[IntTensor](lambda value: values.integers(self, value))
+        self._numbers = _Table[float](lambda value: numbers.number(self, value))
+        self._layouts = _Table[Layout](self._find_layout)
+        self._tables: tuple[_Table[Any], ...] = (
+            self._dtypes,
+            self._shapes,
+            self._integers,
+            self._numbers,
+            self._layouts,
+        )
+
+    def dtype(self, value: Value) -> int | None:
+        """The element type, a `TensorProto.DataType`; None where unknown or no tensor."""
+        return self._ask(self._dtypes, value)
+
+    def shape(self, value: Value) -> tuple[Dim, ...] | None:
+        """The dimensions; None where the rank is unknown. An unknown dimension is a symbol of its own."""
+        return self._ask(self._shapes, value)
+
+    def rank(self, value: Value) -> int | None:
+        """The number of dimensions."""
+        shape = self._ask(self._shapes, value)
+        return None if shape is None else len(shape)
+
+    def integers(self, value: Value) -> IntTensor | None:
+        """The elements of an integer or boolean tensor of at most 64, as far as known; None where nothing is."""
+        return self._ask(self._integers, value)
+
+    def number(self, value: Value) -> float | None:
+        """The number which all elements equal, rounded as the element type rounds; None where unknown or empty."""
+        return self._ask(self._numbers, value)
+
+    def constant(self, value: Value) -> np.ndarray[Any, Any] | None:
+        """The payload of an initializer or Constant node, read now, however large; None for anything else."""
+        return constants.payload(self.graph, value)
+
+    def is_constant(self, value: Value) -> bool:
+        """Whether `value` is an initializer the caller cannot override, or the output of a Constant node."""
+        return constants.stored(value) is not None
+
+    def layout(self, node: Node, slot: int = 0) -> Layout | None:
+        """Output `slot` of `node` as a layout over input 0; None where the node computes, or it cannot be proved."""
+        value = node.outputs[slot]
+        return None if value is None else self._ask(self._layouts, value)
+
+    def through(self, value: Value) -> tuple[Value, Layout] | None:
+        """(data input, layout of `value` over it) where `value` is a rearrangement of one input; else None."""
+        layout = self._ask(self._layouts, value)
+        if layout is None or value.producer is None:
+            return None
+        source = value.producer.inputs[0]
+        return None if source is None else (source, layout)
+
+    def learn(self) -> None:
+        """Collect equalities between dimensions which every successful run obeys, and forget the facts found so far.
+
+        Two passes settle all that one can (the first may need what the second finds).
+        """
+        if equalities.learn(self):
+            self._substituted.clear()
+            for table in self._tables:
+                table.known.clear()
+
+    def forget(self, values: Iterable[Value]) -> None:
+        """Drop the facts about these values, not about what is computed from them: a rewrite keeps their meaning."""
+        for value in values:
+            for table in self._tables:
+                table.known.pop(value, None)
+
+    def dim(self, dim: Dim) -> Dim:
+        """`dim` with the learned equalities applied."""
+        if isinstance(dim, int) or not self.equal:
+            return dim
+        found = self._substituted.get(dim)
+        if found is None:
+            found = self._substituted[dim] = substitute(dim, self.equal)
+        return found
+
+    # --- finding ------------------------------------------------------------------------------------------------------
+
+    def _ask(self, table: _Table[T], value: Value) -> T | None:
+        known = table.known
+        if value in known:
+            return known[value]
+        if self._depth == 0:
+            return self._settle(table, value)
+        if self._depth >= _DEPTH:
+            raise _TooDeep(table, value)
+        self._depth += 1
+        try:
+            result = known[value] = table.rule(value)
+        finally:
+            self._depth -= 1
+        return result
+
+    def _settle(self, table: _Table[T], value: Value) -> T | None:
+        """Find a fact with a work list, so that a graph may be deeper than Python's stack."""
+        work: list[tuple[_Table[Any], Value]] = [(table, value)]
+        while work:
+            next_table, next_value = work[-1]
+            self._depth = 1
+            try:
+                self._ask(next_table, next_value)
+                work.pop()
+            except _TooDeep as deeper:
+                work.append((deeper.table, deeper.value))
+            finally:
+                self._depth = 0
+        return table.known[value]
+
+    def _find_layout(self, value: Value) -> Layout | None:
+        return None if value.producer is None else rearrange.layout(self, value.producer, value.slot)
+
+    def _find_shape(self, value: Value) -> tuple[Dim, ...] | None:
+        tensor = constants.stored(value)
+        if tensor is not None:
+            return constants.shape(tensor)
+        found: Sequence[Dim | None] | None = None
+        if value.producer is not None:
+            found = shapes.shape(self, value.producer, value.slot)
+            declared = _declared(value.info) if found is None else None
+            # A declared name is no fact: exporters invent names for what they cannot tell.
+            if declared is not None:
+                found = [dim if isinstance(dim, int) else None for dim in declared]
+        else:
+            found = _declared(value.info)
+        if found is None:
+            return None
+        return tuple(self._named(value, axis, dim) for axis, dim in enumerate(found))
+
+    def _named(self, value: Value, axis: int, dim: Dim | None) -> Dim:
+        if isinstance(dim, int):
+            return dim
+        if dim is None or weight(dim) > _LARGE:
+            dim = symbol(f"{self._prefix(value.scope)}{value.name}.{axis}", own=True)
+        return self.dim(dim)
+
+    def _prefix(self, scope: Scope) -> str:
+        """What tells values of the same name in different scopes apart."""
+        if not self._scopes:
+            self._scopes = {scope: f"{number}:" if number else "" for number, scope in enumerate(self.graph.scopes)}
+        return self._scopes.get(scope, "")
+
+
+def _declared(info: ValueInfoProto | None) -> list[Dim | None] | None:
+    """The declared shape, None where the rank is not declared."""
+    if info is None or not info.type.HasField("tensor_type") or not info.type.tensor_type.HasField("shape"):
+        return None
+    dims: list[Dim | None] = []
+    for dim in info.type.tensor_type.shape.dim:
+        if dim.HasField("dim_value") and dim.dim_value >= 0:
+            dims.append(dim.dim_value)
+        else:
+            dims.append(symbol(dim.dim_param) if dim.dim_param else None)
+    return dims
