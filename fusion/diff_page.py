@@ -14,8 +14,8 @@ import jinja2
 import networkx as nx
 
 from fusion.diff import Diff
-from fusion.errors import OutputError
 from fusion.diff_regions import NodeView, Region
+from fusion.errors import OutputError
 
 # Of the drawing, in pixels.
 CHARACTER, PADDING, HEIGHT, ROW, GAP = 6.6, 8, 22, 46, 12

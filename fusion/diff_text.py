@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fusion.diff import Diff, ScopeDiff
+from fusion.diff import Diff
 from fusion.diff_regions import NodeView, Region
+from fusion.diff_scopes import ScopeDiff
 
 
 def show(difference: Diff, console: Console, limit: int) -> None:

@@ -54,6 +54,24 @@ class Input:
         """Whether the declaration says that the input chooses among positions."""
         return self.code == TensorProto.BOOL or ("mask" in self.name.lower() and not is_float(self.dtype))
 
+    @staticmethod
+    def declared(info: ValueInfoProto) -> Input:
+        """Read a declaration; ModelError where it is not that of a tensor."""
+        if not info.type.HasField("tensor_type"):
+            kind = (info.type.WhichOneof("value") or "untyped").removesuffix("_type")
+            raise ModelError(
+                f"input {info.name!r} is a {kind}, which cannot be drawn: give the inputs, as an .npz or a dict"
+            )
+        tensor = info.type.tensor_type
+        if not tensor.HasField("shape"):
+            return Input(info.name, tensor.elem_type, None)
+        # A dimension without size and name is its own: nothing says that two of them are equal.
+        dims = tuple(
+            d.dim_value if d.HasField("dim_value") else d.dim_param or f"{info.name}.{axis}"
+            for axis, d in enumerate(tensor.shape.dim)
+        )
+        return Input(info.name, tensor.elem_type, dims)
+
     @property
     def is_integer(self) -> bool:
         """Whether the input holds integers of any width."""
@@ -102,24 +120,7 @@ def declared_inputs(model: ModelProto) -> list[Input]:
         ModelError: an input is not a tensor; such inputs have to be given.
     """
     weights = {t.name for t in model.graph.initializer} | {t.values.name for t in model.graph.sparse_initializer}
-    return [_declared(info) for info in model.graph.input if info.name not in weights]
-
-
-def _declared(info: ValueInfoProto) -> Input:
-    if not info.type.HasField("tensor_type"):
-        kind = (info.type.WhichOneof("value") or "untyped").removesuffix("_type")
-        raise ModelError(
-            f"input {info.name!r} is a {kind}, which cannot be drawn: give the inputs, as an .npz or a dict"
-        )
-    tensor = info.type.tensor_type
-    if not tensor.HasField("shape"):
-        return Input(info.name, tensor.elem_type, None)
-    # A dimension without size and name is its own: nothing says that two of them are equal.
-    dims = tuple(
-        d.dim_value if d.HasField("dim_value") else d.dim_param or f"{info.name}.{axis}"
-        for axis, d in enumerate(tensor.shape.dim)
-    )
-    return Input(info.name, tensor.elem_type, dims)
+    return [Input.declared(info) for info in model.graph.input if info.name not in weights]
 
 
 class Feeder:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fusion.compare import Comparison, compare, worse
 from fusion.errors import ModelError
-from fusion.feeds import Feed, Feeder, NothingRan, Values, declared_inputs
+from fusion.feeds import Feed, Feeder, Input, NothingRan, Values, declared_inputs
 from fusion.model import Model, load
 from fusion.runtime import Refused, Session
 
@@ -230,7 +230,9 @@ class Expected:
         self.runs: list[tuple[Feed, Mapping[str, Any], Mapping[str, Any]]] = []
         self.skipped = 0
         refusal: Refused | None = None
-        for feed in _given(inputs, session) if inputs is not None else _drawn(model.proto, session, runs, sizes):
+        for feed in (
+            _given(inputs, model.proto, session) if inputs is not None else _drawn(model.proto, session, runs, sizes)
+        ):
             try:
                 self.runs.append((feed, session.run(feed.values), session.run(feed.values)))
             except Refused as error:
@@ -269,14 +271,15 @@ def _drawn(model: ModelProto, session: Session, runs: int, sizes: Mapping[str, i
     return islice(Feeder(declared_inputs(model), session.run, sizes), max(runs, 1))
 
 
-def _given(inputs: Inputs, session: Session) -> Iterable[Feed]:
+def _given(inputs: Inputs, model: ModelProto, session: Session) -> Iterable[Feed]:
     if isinstance(inputs, str | os.PathLike):
-        yield Feed(os.fspath(inputs), _take(_read_npz(Path(inputs)), session, os.fspath(inputs)))
+        label = os.fspath(inputs)
+        yield Feed(label, _take(_read_npz(Path(inputs)), model, session, label))
         return
     several = [inputs] if isinstance(inputs, Mapping) else inputs
     for number, values in enumerate(several):
         label = "given inputs" if len(several) == 1 else f"given inputs {number}"
-        yield Feed(label, _take(values, session, label))
+        yield Feed(label, _take(values, model, session, label))
 
 
 def _read_npz(path: Path) -> Values:
@@ -287,10 +290,27 @@ def _read_npz(path: Path) -> Values:
         raise ModelError(f"{path}: not an .npz file of inputs ({error})") from error
 
 
-def _take(values: Mapping[str, Any], session: Session, label: str) -> Values:
+def _take(values: Mapping[str, Any], model: ModelProto, session: Session, label: str) -> Values:
     if missing := [name for name in session.inputs if name not in values]:
         raise ModelError(f"{label}: input {missing[0]!r} is missing; there are {', '.join(values) or 'none'}")
-    return {name: np.asarray(values[name]) if np.isscalar(values[name]) else values[name] for name in session.inputs}
+    taken = {name: np.asarray(values[name]) if np.isscalar(values[name]) else values[name] for name in session.inputs}
+    for info in model.graph.input:
+        value = taken.get(info.name)
+        if isinstance(value, np.ndarray) and info.type.HasField("tensor_type"):
+            _fits(value, Input.declared(info), label)
+    return taken
+
+
+def _fits(value: np.ndarray[Any, Any], declared: Input, label: str) -> None:
+    if value.dtype != declared.dtype and declared.dtype.kind != "O":
+        raise ModelError(f"{label}: input {declared.name!r} is {value.dtype}, the model takes {declared.dtype}")
+    shape = declared.shape
+    if shape is None:
+        return
+    fixed = zip(value.shape, shape, strict=False)
+    if value.ndim != len(shape) or any(isinstance(d, int) and d != size for size, d in fixed):
+        wanted = f"[{', '.join(map(str, shape))}]"
+        raise ModelError(f"{label}: input {declared.name!r} has shape {list(value.shape)}, the model takes {wanted}")
 
 
 def _runnable(model: Model) -> Path | ModelProto:
