@@ -147,7 +147,6 @@ def optimize(
         timings["explain"] = time.perf_counter() - started
         after = sum(1 for _ in graph.nodes())
         started = time.perf_counter()
-        original = model.copy() if graph.edited and destination is None else source
         graph.commit()
         written = None
         if destination is not None:
@@ -156,7 +155,7 @@ def optimize(
             written = model.export()
         timings["save"] = time.perf_counter() - started
     rewritten = destination if destination is not None else written
-    return Result(written, outcome.rewritten, near, timings, before, after, aim.name, original, rewritten)
+    return Result(written, outcome.rewritten, near, timings, before, after, aim.name, source, rewritten)
 
 
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:

@@ -298,7 +298,7 @@ class Builder:
         if not any(node.key == "IsNaN" for node in self._found.region.core):
             return result
         zero = self._scalar(0.0)
-        return self.Where(self.IsNaN(result), zero, result, dtype=result.dtype)  # type: ignore[no-any-return]
+        return self.Where(self.IsNaN(result, dtype=TensorProto.BOOL), zero, result, dtype=result.dtype)  # type: ignore[no-any-return]
 
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""

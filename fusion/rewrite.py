@@ -104,13 +104,15 @@ class Rewriter:
         graph: the index.
         patterns: what to look for.
         target: where the result must run.
+        check: run both sides of a rewrite before it is made.
     """
 
-    def __init__(self, graph: Graph, patterns: Sequence[Pattern], target: Target) -> None:
+    def __init__(self, graph: Graph, patterns: Sequence[Pattern], target: Target, *, check: bool = False) -> None:
         self.graph = graph
         self.facts = Facts(graph)
         self.view = View(graph, self.facts)
         self.target = target
+        self.check = check
         self.plans = [plan for pattern in patterns for plan in plans_of(pattern)]
         self.outcome = Outcome()
         self._failed: dict[tuple[str, str], NearMiss] = {}
