@@ -7,10 +7,12 @@ operands agree.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from math import gcd
 
 from fusion.polynomial import (
     Atom,
+    Bound,
     Dim,
     Poly,
     atom_of,
@@ -28,6 +30,7 @@ from fusion.verdict import Verdict
 
 __all__ = [
     "Atom",
+    "Bound",
     "Dim",
     "Poly",
     "atom_of",
@@ -41,9 +44,11 @@ __all__ = [
     "maximum",
     "minimum",
     "product",
+    "stretched",
     "substitute",
     "symbol",
     "symbols",
+    "tail",
     "terms",
     "upper",
     "weight",
@@ -81,6 +86,16 @@ def maximum(a: Dim, b: Dim) -> Dim:
     return a + b - minimum(a, b)
 
 
+def tail(size: Dim, count: Dim) -> Dim:
+    """How many elements the slice [-count:] of `size` takes: the smaller one, but all of them where count is 0."""
+    if count == 0:
+        return size
+    if lower(count) >= 1:
+        return minimum(size, count)
+    return make_atom("tail", "", (size, count))
+
+
+@lru_cache(maxsize=4096)
 def broadcast(a: Dim, b: Dim) -> Dim:
     """The dimension two operands of these dimensions broadcast to, in every run in which they do.
 
@@ -94,11 +109,20 @@ def broadcast(a: Dim, b: Dim) -> Dim:
         return a
     if lower(b) >= 2:
         return b
-    members = list(dict.fromkeys(_members(a) + _members(b)))
-    members = [x for x in members if not any(y is not x and _covered(x, y) for y in members)]
-    if len(members) == 1:
-        return members[0]
-    return make_atom("^", "", tuple(sorted(members, key=lambda dim: dim.terms if isinstance(dim, Poly) else ())))
+    members = sorted(dict.fromkeys(_members(a) + _members(b)), key=_order)
+    for x in reversed(members):
+        if any(y is not x and _one_where(x, y) for y in members):
+            members.remove(x)
+    return members[0] if len(members) == 1 else make_atom("^", "", tuple(members))
+
+
+def stretched(size: Dim, result: Dim) -> Verdict:
+    """Whether broadcasting repeats an axis of `size` to give `result`: NO where the two are equal in every run."""
+    if size == 1:
+        return Verdict.NO if result == 1 else Verdict.YES
+    if size == result or broadcast(size, result) == size or _one_where(result, size):
+        return Verdict.NO
+    return Verdict.UNKNOWN
 
 
 def _members(dim: Dim) -> list[Dim]:
@@ -106,12 +130,26 @@ def _members(dim: Dim) -> list[Dim]:
     return list(atom.args) if atom is not None and atom.kind == "^" else [dim]
 
 
-def _covered(x: Dim, y: Dim) -> bool:
-    """Whether x is min(y, c) with c >= 1: broadcast together they are y in every case (x = y, or x = 1)."""
-    pair = split_minimum(x)
+def _one_where(x: Dim, y: Dim) -> bool:
+    """Whether x is 1 wherever y is. Broadcast together, the two give y in every run: x is y, or 1, or both are 1."""
+    for term, factors in terms(y):
+        if abs(term) == 1 and len(factors) == 1:
+            (atom,) = factors
+            others = y - atom * term
+            if atom not in atoms(others) and substitute(x, {atom: (1 - others) * term}) == 1:
+                return True
+    kind = atom_of(y)
+    if kind is not None and kind.kind == "tail":  # 1 where the count or the size is
+        size, count = kind.args
+        return lower(size) >= 2 and (x == count or _one_where(x, count))
+    pair = split_minimum(y)
     if pair is None:
         return False
-    return any((p is y or _covered(p, y)) and lower(q) >= 1 for p, q in (pair, pair[::-1]))
+    return any(lower(q) >= 2 and (x == p or _one_where(x, p)) for p, q in (pair, pair[::-1]))
+
+
+def _order(dim: Dim) -> tuple[int, int, object]:
+    return (0, dim, ()) if isinstance(dim, int) else (1, dim.weight, dim.terms)
 
 
 def equal(a: Dim, b: Dim) -> Verdict:
@@ -186,6 +224,8 @@ class _Substitution:
             return minimum(first, 0)
         if atom.kind == "//":
             return poly if others[0] == 0 else floordiv(first, others[0])
+        if atom.kind == "tail":
+            return tail(first, others[0])
         for other in others:
             first = broadcast(first, other)
         return first

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fusion.dims import Dim, broadcast, divide, lower, product
+from fusion.dims import Dim, broadcast, divide, lower, product, stretched
+from fusion.verdict import Verdict
 
 Factor: TypeAlias = tuple[int | None, Dim, Dim]
 Axis: TypeAlias = tuple[Factor, ...]
@@ -209,8 +210,8 @@ class Layout:
         for axis, (size, whole) in enumerate(zip(operand_shape, self.source[missing:], strict=True)):
             if size == 1:
                 axis_of.append(None)
-            elif broadcast(size, whole) == size:
-                axis_of.append(axis)  # v has the size which the operand and v broadcast to
+            elif stretched(size, whole) is Verdict.NO:
+                axis_of.append(axis)
             elif axis + missing not in read and self.offsets[axis + missing] == 0:
                 axis_of.append(axis)  # only index 0 is read, which is right for either size
             else:
@@ -253,7 +254,9 @@ class Layout:
         if len(factors) != 1:
             return None
         source_axis, stride, size = factors[0]
-        if source_axis is None or stride != 1 or self.offsets[source_axis] != 0 or size != self.source[source_axis]:
+        if source_axis is None or stride != 1 or self.offsets[source_axis] != 0:
+            return None
+        if lower(size - self.source[source_axis]) < 0:  # it never reads beyond the end, so not less is equal
             return None
         readers = sum(factor[0] == source_axis for factors in self.axes for factor in factors)
         return source_axis if readers == 1 else None
@@ -292,8 +295,11 @@ def _expand(factors: Axis, size: Dim) -> Axis | None:
     if not factors:
         return ((None, 0, size),)
     own = _size(factors)
-    # Equal to what both broadcast to in every run, the axis is not stretched.
-    return factors if broadcast(own, size) == own else None
+    result = broadcast(own, size)
+    if stretched(own, result) is not Verdict.NO:
+        return None
+    axis, stride, _ = factors[0]
+    return ((axis, stride, result),) if len(factors) == 1 else factors
 
 
 Decoded: TypeAlias = tuple[list[list[Factor]], list[tuple[int, Dim]]]

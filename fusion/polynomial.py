@@ -26,7 +26,7 @@ class Atom:
     """What a polynomial is built of; two atoms are the same exactly when their keys are."""
 
     kind: str
-    """"symbol", "own", "//" (two arguments), "min0" (min(x, 0)) or "^" (a broadcast set)."""
+    """"symbol", "own", "//" (two arguments), "min0" (min(x, 0)), "^" (a broadcast set), "tail" (size, count)."""
     name: str
     args: tuple[Dim, ...]
 
@@ -336,6 +336,9 @@ def _lower_by_cases(dim: Poly, mono: Monomial, coefficient: int, depth: int) -> 
     if atom.kind == "^":  # is one of its members
         return min(_lower_bound(rest + arg * coefficient, depth) for arg in atom.args)
     x, c = atom.args
+    if atom.kind == "tail":  # is the size or the count, and never above the size
+        whole = _lower_bound(rest + x * coefficient, depth)
+        return min(whole, _lower_bound(rest + c * coefficient, depth)) if coefficient > 0 else whole
     if not isinstance(c, int):
         return -inf
     # (x - c + 1) / c <= x // c <= x / c
@@ -351,6 +354,8 @@ def _range(atom: Atom) -> tuple[Bound, Bound]:
     if atom.kind == "^":
         return max(0, min(lower(arg) for arg in atom.args)), max(upper(arg) for arg in atom.args)
     a, b = atom.args
+    if atom.kind == "tail":
+        return 0, upper(a)
     if lower(a) >= 0 and lower(b) >= 0:
         most = upper(a)
         return 0, most if not isinstance(b, int) or most == inf else int(most) // b
@@ -400,5 +405,8 @@ def _atom_text(atom: Atom) -> str:
         return atom.name if atom.kind == "symbol" else "?" + atom.name
     if atom.kind == "min0":
         return f"min({_text(atom.args[0])}, 0)"
-    texts = [f"({text})" if " " in (text := _text(arg)) else text for arg in atom.args]
+    texts = [_text(arg) for arg in atom.args]
+    if atom.kind == "tail":
+        return f"tail({', '.join(texts)})"
+    texts = [f"({text})" if " " in text or "*" in text else text for text in texts]
     return " // ".join(texts) if atom.kind == "//" else "(" + " ^ ".join(sorted(texts)) + ")"

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from onnx import ValueInfoProto
 
-from fusion.dims import Dim, Poly, substitute, symbol, weight
+from fusion.dims import Bound, Dim, Poly, lower, substitute, symbol, weight
 from fusion.facts import constants, dtypes, equalities, numbers, rearrange, shapes, values
 from fusion.facts.integers import IntTensor
 from fusion.graph import Graph, Node, Scope, Value
@@ -56,6 +56,7 @@ class Facts:
         self.graph = graph
         self.equal: dict[Poly, Dim] = {}
         """Learned equalities: atom → what it equals. Applied to every dimension of every fact."""
+        self._dims: set[Poly] = set()
         self._scopes: dict[Scope, str] = {}
         self._substituted: dict[Dim, Dim] = {}
         self._depth = 0
@@ -139,6 +140,11 @@ class Facts:
             found = self._substituted[dim] = substitute(dim, self.equal)
         return found
 
+    def lower(self, dim: Dim) -> Bound:
+        """A number which `dim` is never below: what is the dimension of some value is at least 0."""
+        known = lower(dim)
+        return 0 if known < 0 and dim in self._dims else known
+
     # --- finding ------------------------------------------------------------------------------------------------------
 
     def _ask(self, table: _Table[T], value: Value) -> T | None:
@@ -196,7 +202,10 @@ class Facts:
             return dim
         if dim is None or weight(dim) > _LARGE:
             dim = symbol(f"{self._prefix(value.scope)}{value.name}.{axis}", own=True)
-        return self.dim(dim)
+        dim = self.dim(dim)
+        if isinstance(dim, Poly) and value.scope.parent is None and lower(dim) < 0:  # a body may never run
+            self._dims.add(dim)
+        return dim
 
     def _prefix(self, scope: Scope) -> str:
         """What tells values of the same name in different scopes apart."""

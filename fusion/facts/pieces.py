@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fusion.dims import Dim, divide, floordiv, lower, maximum, minimum, upper
+from fusion.dims import Dim, divide, floordiv, maximum, minimum, tail, upper
 from fusion.facts.common import Dims, attribute_int, attribute_ints, input_shape, listed_dims
 from fusion.graph import Node
 from fusion.schema import axes
@@ -17,38 +17,34 @@ _FAR = 2**31 - 1
 """From here on a bound means "to the end": exporters write the largest int32 or int64."""
 
 
-def count(start: Dim, limit: Dim, step: int) -> Dim:
-    """How many numbers start, start + step, … lie before `limit`.
-
-    >>> count(0, 10, 3), count(5, 0, -2)
-    (4, 3)
-    """
+def count(facts: Facts, start: Dim, limit: Dim, step: int) -> Dim:
+    """How many numbers start, start + step, … lie before `limit`."""
     distance, stride = (limit - start, step) if step > 0 else (start - limit, -step)
-    return maximum(0, floordiv(distance + (stride - 1), stride))
+    found = floordiv(distance + (stride - 1), stride)
+    return found if facts.lower(found) >= 0 else maximum(0, found)
 
 
-def cut(size: Dim, start: Dim | None, end: Dim | None, step: Dim | None) -> tuple[Dim | None, Dim | None]:
+def cut(facts: Facts, size: Dim, start: Dim | None, end: Dim | None, step: Dim | None) -> tuple[Dim | None, Dim | None]:
     """(first index, length) of a slice of an axis of `size` elements; None for what cannot be told."""
     if not isinstance(step, int) or step == 0:
         return None, None
-    if step > 0:
-        first, last = _clamped(start, size, 0, size), _clamped(end, size, 0, size)
-    else:
-        first, last = _clamped(start, size, 0, size - 1), _clamped(end, size, -1, size - 1)
-    return first, None if first is None or last is None else count(first, last, step)
+    least, most = (0, size) if step > 0 else (-1, size - 1)
+    first, last = _clamped(facts, start, size, 0, most), _clamped(facts, end, size, least, most)
+    return first, None if first is None or last is None else count(facts, first, last, step)
 
 
-def _clamped(bound: Dim | None, size: Dim, least: Dim, most: Dim) -> Dim | None:
+def _clamped(facts: Facts, bound: Dim | None, size: Dim, least: Dim, most: Dim) -> Dim | None:
     """A bound counted from the front and clamped, as Slice does; None where its sign is unknown."""
     if bound is None:
         return None
     if isinstance(bound, int) and abs(bound) >= _FAR:
         return most if bound > 0 else least
-    if lower(bound) >= 0:
+    if facts.lower(bound) >= 0:
         return minimum(bound, most)
     if upper(bound) < 0:
         return maximum(bound + size, least)
-    return None
+    # -count from the end, which is the front where count is 0
+    return size - tail(size, -bound) if facts.lower(-bound) >= 0 and (least, most) == (0, size) else None
 
 
 def slice_bounds(facts: Facts, node: Node) -> dict[int, tuple[Dim | None, Dim | None, Dim | None]] | None:
@@ -78,7 +74,7 @@ def _slice(facts: Facts, node: Node, slot: int) -> Dims | None:
     if bounds is None:
         return [None] * len(dims)
     return [
-        dim if axis not in bounds else None if dim is None else cut(dim, *bounds[axis])[1]
+        dim if axis not in bounds else None if dim is None else cut(facts, dim, *bounds[axis])[1]
         for axis, dim in enumerate(dims)
     ]
 

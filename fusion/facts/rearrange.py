@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
-from fusion.dims import Dim, lower
+from fusion.dims import Dim
 from fusion.facts.common import attribute_int, attribute_ints, listed_dims
 from fusion.facts.pieces import cut, slice_bounds, split_sizes
 from fusion.facts.shapes import squeezed_axes
@@ -75,7 +75,7 @@ def _slice(facts: Facts, node: Node, slot: int, data: Layout) -> Layout | None:
         return None
     result: Layout | None = data
     for axis, (start, end, step) in bounds.items():
-        first, length = cut(data.source[axis], start, end, step)
+        first, length = cut(facts, data.source[axis], start, end, step)
         if result is None or first is None or length is None or not isinstance(step, int):
             return None
         if (first, length, step) != (0, data.source[axis], 1):
@@ -105,7 +105,7 @@ def _gather(facts: Facts, node: Node, slot: int, data: Layout) -> Layout | None:
     if along is None or found is None or len(found.shape) > 1 or not found.items:
         return None
     axis, size = along[0], data.source[along[0]]
-    places = [_from_front(item, size) for item in found.dims]
+    places = [_from_front(facts, item, size) for item in found.dims]
     first = places[0]
     if first is None:
         return None
@@ -115,14 +115,14 @@ def _gather(facts: Facts, node: Node, slot: int, data: Layout) -> Layout | None:
     return None if step is None else data.slice(axis, first, len(places), step)
 
 
-def _from_front(index: Dim | None, size: Dim) -> Dim | None:
+def _from_front(facts: Facts, index: Dim | None, size: Dim) -> Dim | None:
     """An index counted from the front; None where its sign is unknown."""
     if index is None:
         return None
     if isinstance(index, int):
         return index if index >= 0 else size + index
     # size - 1 is negative only where the axis is empty, and then there is nothing to gather.
-    return index if lower(index) >= 0 or index == size - 1 else None
+    return index if facts.lower(index) >= 0 or index == size - 1 else None
 
 
 def _spacing(places: Sequence[Dim | None]) -> int | None:

@@ -82,7 +82,7 @@ def _reshape(facts: Facts, node: Node, slot: int) -> Dims | None:
     for axis, item in enumerate(target):
         if item == 0 and not keeps_zero:
             item = dims[axis] if dims is not None and axis < len(dims) else None
-        elif item is not None and lower(item) < 0:  # -1, or a dimension that may come out as -1
+        elif item is not None and facts.lower(item) < 0:  # -1, or a dimension that may come out as -1
             item = None
         result.append(item)
     if result.count(None) == 1 and dims is not None:
@@ -203,7 +203,7 @@ def _range(facts: Facts, node: Node, slot: int) -> Dims | None:
     start, limit, delta = items
     if start is None or limit is None or not isinstance(delta, int) or delta == 0:
         return [None]
-    return [pieces.count(start, limit, delta)]
+    return [pieces.count(facts, start, limit, delta)]
 
 
 def _arg(facts: Facts, node: Node, slot: int) -> Dims | None:

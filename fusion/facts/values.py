@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from onnx import TensorProto
 
-from fusion.dims import Dim, equal, floordiv, lower, maximum, minimum, product, upper
+from fusion.dims import Dim, equal, floordiv, maximum, minimum, product, upper
 from fusion.facts import constants
 from fusion.facts.common import attribute_int, attribute_ints, input_shape
 from fusion.facts.dtypes import INTEGERS
@@ -148,7 +148,7 @@ def _slice(facts: Facts, node: Node, slot: int, shape: Shape) -> Items | None:
     if array is None or bounds is None:
         return None
     for axis, (start, end, step) in bounds.items():
-        first, length = cut(array.shape[axis], start, end, step)
+        first, length = cut(facts, array.shape[axis], start, end, step)
         if not isinstance(first, int) or not isinstance(length, int) or not isinstance(step, int):
             return None
         array = array.take([first + step * i for i in range(length)], axis)
@@ -244,100 +244,122 @@ def _each(operation: Callable[..., Item]) -> Rule:
             # An operand of which nothing is known may not matter: False and anything is False.
             known = np.full((), None, dtype=object) if array is None else array
             columns.append(np.broadcast_to(known, shape).reshape(-1).tolist())
-        return objects(operation(*items) for items in zip(*columns, strict=True)).reshape(shape)
+        return objects(operation(facts, *items) for items in zip(*columns, strict=True)).reshape(shape)
 
     return rule
 
 
-def _arithmetic(operation: Callable[[Dim, Dim], Dim | None]) -> Callable[..., Item]:
+def _arithmetic(operation: Callable[[Facts, Dim, Dim], Dim | None]) -> Callable[..., Item]:
     """An operation on any number of known integers, folded from the left."""
 
-    def fold(first: Item, *others: Item) -> Item:
+    def fold(facts: Facts, first: Item, *others: Item) -> Item:
         result = first
         for other in others:
             if result is None or other is None or isinstance(result, bool) or isinstance(other, bool):
                 return None
-            result = operation(result, other)
+            result = operation(facts, result, other)
         return result
 
     return fold
 
 
-def _divide(a: Dim, b: Dim) -> Dim | None:
+def _add(facts: Facts, a: Dim, b: Dim) -> Dim:
+    return a + b
+
+
+def _subtract(facts: Facts, a: Dim, b: Dim) -> Dim:
+    return a - b
+
+
+def _multiply(facts: Facts, a: Dim, b: Dim) -> Dim:
+    return a * b
+
+
+def _largest(facts: Facts, a: Dim, b: Dim) -> Dim:
+    return a if facts.lower(a - b) >= 0 else maximum(a, b)
+
+
+def _smallest(facts: Facts, a: Dim, b: Dim) -> Dim:
+    return b if facts.lower(a - b) >= 0 else minimum(a, b)
+
+
+def _divide(facts: Facts, a: Dim, b: Dim) -> Dim | None:
     """Integer division as ONNX does it, towards zero."""
     if b == 0:
         return None
     if isinstance(a, int) and isinstance(b, int):
         return a // b if (a < 0) == (b < 0) or a % b == 0 else a // b + 1
-    return floordiv(a, b) if lower(a) >= 0 and lower(b) >= 0 else None
+    return floordiv(a, b) if facts.lower(a) >= 0 and facts.lower(b) >= 0 else None
 
 
-def _modulo(a: Dim, b: Dim) -> Dim | None:
+def _modulo(facts: Facts, a: Dim, b: Dim) -> Dim | None:
     if b == 0:
         return None
-    return a - floordiv(a, b) * b if lower(b) >= 0 and (isinstance(b, int) or lower(a) >= 0) else None
+    return a - floordiv(a, b) * b if facts.lower(b) >= 0 and (isinstance(b, int) or facts.lower(a) >= 0) else None
 
 
 def _mod(facts: Facts, node: Node, slot: int, shape: Shape) -> Items | None:
     return None if attribute_int(node, "fmod") else _each(_arithmetic(_modulo))(facts, node, slot, shape)
 
 
-def _power(a: Dim, b: Dim) -> Dim | None:
+def _power(facts: Facts, a: Dim, b: Dim) -> Dim | None:
     return product([a] * b) if isinstance(b, int) and 0 <= b <= 8 else None
 
 
-def _negate(item: Item) -> Item:
+def _negate(facts: Facts, item: Item) -> Item:
     return None if item is None or isinstance(item, bool) else -item
 
 
-def _absolute(item: Item) -> Item:
+def _absolute(facts: Facts, item: Item) -> Item:
     if item is None or isinstance(item, bool):
         return None
-    return item if lower(item) >= 0 else -item if upper(item) <= 0 else None
+    return item if facts.lower(item) >= 0 else -item if upper(item) <= 0 else None
 
 
-def _sign(item: Item) -> Item:
+def _sign(facts: Facts, item: Item) -> Item:
     if item is None or isinstance(item, bool):
         return None
-    return 1 if lower(item) > 0 else -1 if upper(item) < 0 else 0 if item == 0 else None
+    return 1 if facts.lower(item) > 0 else -1 if upper(item) < 0 else 0 if item == 0 else None
 
 
-def _compare(decide: Callable[[Dim, Dim], bool | None]) -> Callable[[Item, Item], Item]:
-    def compare(a: Item, b: Item) -> Item:
+def _compare(decide: Callable[[Facts, Dim, Dim], bool | None]) -> Callable[..., Item]:
+    def compare(facts: Facts, a: Item, b: Item) -> Item:
         if a is None or b is None:
             return None
-        return decide(a, b)
+        return decide(facts, a, b)
 
     return compare
 
 
-def _equal(a: Dim, b: Dim) -> bool | None:
+def _equal(facts: Facts, a: Dim, b: Dim) -> bool | None:
     verdict = equal(a, b)
+    if verdict is Verdict.UNKNOWN and ((b == -1 and facts.lower(a) >= 0) or (a == -1 and facts.lower(b) >= 0)):
+        return False
     return None if verdict is Verdict.UNKNOWN else verdict is Verdict.YES
 
 
-def _less(a: Dim, b: Dim) -> bool | None:
+def _less(facts: Facts, a: Dim, b: Dim) -> bool | None:
     difference = b - a
-    return True if lower(difference) > 0 else False if upper(difference) <= 0 else None
+    return True if facts.lower(difference) > 0 else False if facts.lower(-difference) >= 0 else None
 
 
-def _not(item: Item) -> Item:
+def _not(facts: Facts, item: Item) -> Item:
     return None if item is None else not item
 
 
-def _and(a: Item, b: Item) -> Item:
+def _and(facts: Facts, a: Item, b: Item) -> Item:
     if a is False or b is False:
         return False
     return None if a is None or b is None else bool(a and b)
 
 
-def _or(a: Item, b: Item) -> Item:
+def _or(facts: Facts, a: Item, b: Item) -> Item:
     if a is True or b is True:
         return True
     return None if a is None or b is None else bool(a or b)
 
 
-def _where(condition: Item, yes: Item, no: Item) -> Item:
+def _where(facts: Facts, condition: Item, yes: Item, no: Item) -> Item:
     if condition is None:
         return yes if yes is not None and (yes is no or (type(yes) is type(no) and yes == no)) else None
     return yes if condition else no
@@ -361,7 +383,7 @@ def _truth(item: Item) -> bool | None:
     return None if verdict is Verdict.UNKNOWN else verdict is Verdict.NO
 
 
-def _reduce(operation: Callable[[Dim, Dim], Dim]) -> Rule:
+def _reduce(operation: Callable[[Facts, Dim, Dim], Dim]) -> Rule:
     def rule(facts: Facts, node: Node, slot: int, shape: Shape) -> Items | None:
         array, along = _input(facts, node, 0), axes(node, facts)
         if array is None or along is None or array.size == 0:
@@ -369,7 +391,7 @@ def _reduce(operation: Callable[[Dim, Dim], Dim]) -> Rule:
         fold = _arithmetic(operation)
         kept = [axis for axis in range(array.ndim) if axis not in along]
         rows = array.transpose([*kept, *along]).reshape(prod(array.shape[axis] for axis in kept), -1)
-        return objects(fold(*row) for row in rows.tolist()).reshape(shape)
+        return objects(fold(facts, *row) for row in rows.tolist()).reshape(shape)
 
     return rule
 
@@ -381,14 +403,14 @@ def _cumulative_sum(facts: Facts, node: Node, slot: int, shape: Shape) -> Items 
     total: Item = 0
     result = []
     for item in array.tolist():
-        total = _arithmetic(lambda a, b: a + b)(total, item)
+        total = _arithmetic(_add)(facts, total, item)
         result.append(total)
     return objects(result)
 
 
 RULES: dict[str, Rule] = {
     "Abs": _each(_absolute),
-    "Add": _each(_arithmetic(lambda a, b: a + b)),
+    "Add": _each(_arithmetic(_add)),
     "And": _each(_and),
     "Cast": _cast,
     "CastLike": _cast,
@@ -401,25 +423,25 @@ RULES: dict[str, Rule] = {
     "Expand": _expand,
     "Flatten": _reshape,
     "Gather": _gather,
-    "Greater": _each(_compare(lambda a, b: _less(b, a))),
-    "GreaterOrEqual": _each(_compare(lambda a, b: _less(b, a + 1))),
+    "Greater": _each(_compare(lambda facts, a, b: _less(facts, b, a))),
+    "GreaterOrEqual": _each(_compare(lambda facts, a, b: _less(facts, b, a + 1))),
     "Identity": _same,
     "Less": _each(_compare(_less)),
-    "LessOrEqual": _each(_compare(lambda a, b: _less(a, b + 1))),
-    "Max": _each(_arithmetic(maximum)),
-    "Min": _each(_arithmetic(minimum)),
+    "LessOrEqual": _each(_compare(lambda facts, a, b: _less(facts, a, b + 1))),
+    "Max": _each(_arithmetic(_largest)),
+    "Min": _each(_arithmetic(_smallest)),
     "Mod": _mod,
-    "Mul": _each(_arithmetic(lambda a, b: a * b)),
+    "Mul": _each(_arithmetic(_multiply)),
     "Neg": _each(_negate),
     "Not": _each(_not),
     "Or": _each(_or),
     "Pad": _pad,
     "Pow": _each(_arithmetic(_power)),
     "Range": _range,
-    "ReduceMax": _reduce(maximum),
-    "ReduceMin": _reduce(minimum),
-    "ReduceProd": _reduce(lambda a, b: a * b),
-    "ReduceSum": _reduce(lambda a, b: a + b),
+    "ReduceMax": _reduce(_largest),
+    "ReduceMin": _reduce(_smallest),
+    "ReduceProd": _reduce(_multiply),
+    "ReduceSum": _reduce(_add),
     "Reshape": _reshape,
     "Shape": _shape,
     "Sign": _each(_sign),
@@ -427,8 +449,8 @@ RULES: dict[str, Rule] = {
     "Slice": _slice,
     "Split": _split,
     "Squeeze": _squeeze,
-    "Sub": _each(_arithmetic(lambda a, b: a - b)),
-    "Sum": _each(_arithmetic(lambda a, b: a + b)),
+    "Sub": _each(_arithmetic(_subtract)),
+    "Sum": _each(_arithmetic(_add)),
     "Tile": _tile,
     "Transpose": _transpose,
     "Unsqueeze": _reshape,
