@@ -357,6 +357,12 @@ class Builder:
         self.nodes.append(NewNode(op, "", inputs, [made], attributes, shared=True))
         return made
 
+    def unsqueezed(self, operand: Operand, axes: list[int], shape: tuple[Dim, ...]) -> New:
+        """Unsqueeze, its axes an input from opset 13 on."""
+        if self._found.opset >= 13:
+            return self.shared("Unsqueeze", [operand, self.constant(int64(axes), "axes")], shape)
+        return self.shared("Unsqueeze", [operand], shape, axes=axes)
+
     def sizes(self, dims: tuple[Dim, ...], have: tuple[Dim, ...], *, copy: bool) -> New:
         """A shape tensor; sizes that are no numbers are read off the captures."""
         items = shape_items(dims, have, copy)

@@ -431,7 +431,7 @@ class Graph:
                     continue
                 if value.producer is not None:
                     stack.append(value.producer)
-                elif value.tensor is not None and not value.is_input:
+                elif value.tensor is not None and value.scope.values.get(value.name) is value:
                     self._drop(value)
         return removed
 

@@ -17,6 +17,7 @@ from fusion import plan as p
 from fusion.dims import Dim, product
 from fusion.graph import Node, Value
 from fusion.language import ELLIPSIS, Dims, letters_of
+from fusion.laws.linear import without_numbers
 from fusion.layout import Layout
 from fusion.plan import Plan
 from fusion.schema import attribute, extra_attributes
@@ -219,7 +220,7 @@ class Matcher:
         for found, scale in self._formulas(formulas, list(given.factors), given.coef, context, state, free, place):
             rest, matched = found
             for done in self._variables(variables, rest, context, matched, place):
-                yield from self._coefficient(term.coef, scalar, given.coef / scale, done, place)
+                yield from self._coefficient(term.coef, scalar, given.coef * scale, done, place)
 
     def _formulas(
         self,
@@ -445,24 +446,11 @@ class Matcher:
         last = (len(given.left.layout.axes) - 1,)
         inner = {**context, atom.letters[-1]: last}
         for first, second in ((given.left, given.right), (given.right, given.left)):
-            left, coef_left = self._linear(first) if free else (first, 1.0)
-            right, coef_right = self._linear(second) if free else (second, 1.0)
+            left, coef_left = without_numbers(first, self.view) if free else (first, 1.0)
+            right, coef_right = without_numbers(second, self.view) if free else (second, 1.0)
             for half in self.child(atom.left, left, inner, state):
                 for whole in self.child(atom.right, right, inner, half):
                     yield whole, coef_left * coef_right
-
-    def _linear(self, ref: Ref) -> tuple[Ref, float]:
-        """Take the numbers off an operand of a contraction: (2 q) @ k is 2 (q @ k)."""
-        coef = 1.0
-        while True:
-            ref = self.view.peel(ref).ref
-            term = self.view.expand(ref)
-            if len(term.factors) != 1 or term.factors[0][1] != 1.0 or not isinstance(term.factors[0][0], Ref):
-                return ref, coef
-            following = term.factors[0][0]
-            if following == ref:
-                return ref, coef
-            ref, coef = following, coef * term.coef
 
     def fused(self, atom: p.Fused, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """A node that already is the pattern; its captures are matched against the arguments of the call."""

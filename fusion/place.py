@@ -95,8 +95,13 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
         if op == "Transpose":
             have = tuple(have[axis] for axis in target)  # type: ignore[index]
             made = builder.shared("Transpose", [made], have, perm=list(target))
+        elif op == "Unsqueeze":
+            have = _inserted(have, target)
+            made = builder.unsqueezed(made, [int(str(axis)) for axis in target], have)
         else:
             dims = tuple(target)
+            if op == "Expand":
+                have = (1,) * (len(dims) - len(have)) + have
             made = builder.shared(op, [made, builder.sizes(dims, have, copy=op == "Reshape")], dims)
             have = dims
     given = view.facts.dtype(value)
@@ -137,8 +142,13 @@ def _find(have: Layout, source: int, stride: Dim, size: Dim) -> tuple[int, Dim, 
     return None
 
 
+def _inserted(have: tuple[Dim, ...], axes: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    rest = iter(have)
+    return tuple(1 if index in axes else next(rest) for index in range(len(have) + len(axes)))
+
+
 class _Steps:
-    """Reshape, Transpose, Reshape, Expand, Reshape, as far as they are needed."""
+    """Reshape, Transpose, Unsqueeze, Expand, Reshape or Unsqueeze, as far as they are needed."""
 
     def __init__(self) -> None:
         self.order: list[tuple[str, tuple[Dim, ...]]] = []
@@ -152,6 +162,10 @@ def _plan(wanted: Layout) -> _Steps | None:
     """The operators that bring a value into `wanted`; None where a part of the value is cut out of it."""
     if any(offset != 0 for offset in wanted.offsets):
         return None
+    if _is_aligned(wanted):
+        steps = _Steps()
+        steps.order.append(("Expand", wanted.shape))
+        return steps
     split: list[tuple[int, Dim, Dim]] = []
     for axis, dim in enumerate(wanted.source):
         own = [factor for factors in wanted.axes for factor in factors if factor[0] == axis]
@@ -169,14 +183,31 @@ def _plan(wanted: Layout) -> _Steps | None:
         steps.order.append(("Transpose", tuple(order)))
     current = [size for *_, size in real]
     single = [1 if factor[0] is None else factor[2] for factor in flat]
+    missing = tuple(index for index, factor in enumerate(flat) if factor[0] is None)
     if single != [size for *_, size in flat]:
-        if single != current:
-            steps.order.append(("Reshape", tuple(single)))
+        if missing:
+            steps.order.append(("Unsqueeze", missing))
         current = [size for *_, size in flat]
         steps.order.append(("Expand", tuple(current)))
     if current != list(wanted.shape):
-        steps.order.append(("Reshape", wanted.shape))
+        empty = tuple(index for index, axis in enumerate(wanted.axes) if not axis)
+        if all(len(axis) <= 1 for axis in wanted.axes):
+            steps.order.append(("Unsqueeze", empty))
+        else:
+            steps.order.append(("Reshape", wanted.shape))
     return steps
+
+
+def _is_aligned(wanted: Layout) -> bool:
+    """Whether numpy broadcasting alone brings the value there: Expand adds leading axes by itself."""
+    lead = len(wanted.axes) - len(wanted.source)
+    for index, axis in enumerate(wanted.axes):
+        own = index - lead
+        whole = own >= 0 and axis == ((own, 1, wanted.source[own]),)
+        spread = all(factor[0] is None for factor in axis) and (own < 0 or wanted.source[own] == 1)
+        if not (whole or spread):
+            return False
+    return lead >= 0
 
 
 def _descending(factors: list[tuple[Dim, Dim]]) -> list[tuple[Dim, Dim]] | None:

@@ -1,0 +1,41 @@
+"""Linear: numbers float through contractions and layouts: (c q) @ k is c (q @ k), so a scale may stand anywhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fusion.terms import Ref
+
+if TYPE_CHECKING:
+    from fusion.graph import Node
+    from fusion.view import View
+
+OPERATORS = frozenset({"Mul", "Div", "Neg"})
+
+
+def without_numbers(ref: Ref, view: View) -> tuple[Ref, float]:
+    """Take the numbers off an operand of a contraction: the reference behind them, and their product."""
+    coef = 1.0
+    while True:
+        ref = view.peel(ref).ref
+        node = ref.value.producer
+        if node is None or node.key not in OPERATORS:
+            return ref, coef
+        following = _behind(node, ref, view)
+        if following is None:
+            return ref, coef
+        ref, coef = following[0], coef * following[1]
+
+
+def _behind(node: Node, ref: Ref, view: View) -> tuple[Ref, float] | None:
+    if node.op == "Neg":
+        operand = view.operand(ref, node, 0)
+        return None if operand is None else (operand, -1.0)
+    for index in (0, 1) if node.op == "Mul" else (0,):
+        other = node.inputs[1 - index]
+        number = view.number(other) if other is not None else None
+        if number is None or (node.op == "Div" and number == 0.0):
+            continue
+        operand = view.operand(ref, node, index)
+        return None if operand is None else (operand, number if node.op == "Mul" else 1.0 / number)
+    return None
