@@ -113,6 +113,14 @@ class Model:
         payload.mark(tensor, [payload.Payload(recipe, payload.RAW_DATA, 0, len(recipe))])
         return tensor
 
+    def copy(self) -> Model:
+        """Return a model whose shell can be edited apart from this one; payloads are shared, not copied."""
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        twin = Model(self._store, proto, path=self.path, directory=self.directory, kind=self.kind)
+        twin.edited, twin.notes, twin._derived = self.edited, list(self.notes), list(self._derived)
+        return twin
+
     # -- giving it back -----------------------------------------------------------------------------------------------
 
     def pieces(self) -> list[wire.Piece]:

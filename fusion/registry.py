@@ -41,8 +41,9 @@ class Schema:
         since: that opset.
         deprecated: whether it may no longer be used.
         inputs, outputs: names of the formal parameters with their types, a type variable or a type.
-        required: how many inputs there must be.
+        required, results: how many inputs and outputs there must be.
         variadic: whether the last input repeats.
+        mixed: whether it repeats with types of its own, as Loop's does.
         types: type variable → the types it may stand for.
         defaults: attribute → its default, as a serialized AttributeProto.
         needed: attributes without a default that must be given → their type.
@@ -53,7 +54,9 @@ class Schema:
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
     required: int
+    results: int
     variadic: bool
+    mixed: bool
     types: Mapping[str, frozenset[str]]
     defaults: Mapping[str, bytes]
     needed: Mapping[str, str]
@@ -82,7 +85,7 @@ class Registry:
 
     def schema(self, op: str, domain: str, opset: int) -> Schema | None:
         """Return the operator as that opset has it, None where it is not known or not yet."""
-        known = self._versions(op, domain)
+        known = self.versions(op, domain)
         since = max((version for version in known if version <= opset), default=None)
         return None if since is None else known[since]
 
@@ -103,10 +106,11 @@ class Registry:
     def loads_without_kernel(
         self, op: str, domain: str, opset: int, inputs: Sequence[int | None], provider: str
     ) -> bool:
-        """Whether the runtime loads the operator although it has no kernel: by casts, or by expanding its definition."""
+        """Whether the runtime loads an operator that has no kernel: by casts, or by expanding its definition."""
         raise NotImplementedError
 
-    def _versions(self, op: str, domain: str) -> Mapping[int, Schema]:
+    def versions(self, op: str, domain: str) -> Mapping[int, Schema]:
+        """Return the operator's schemas by the opset they came with."""
         raise NotImplementedError
 
 
@@ -133,7 +137,8 @@ class Installed(Registry):
         for kernel in self._state.get_all_opkernel_def():
             types = {name: frozenset(types) for name, types in kernel.type_constraints.items()}
             key = kernel.domain, kernel.op_name, kernel.provider
-            table.setdefault(key, []).append(Kernel(*kernel.version_range, types))
+            first, last = kernel.version_range
+            table.setdefault(key, []).append(Kernel(first, last, types))
         return table
 
     def operators(self) -> list[tuple[str, str]]:
@@ -155,10 +160,10 @@ class Installed(Registry):
         return next(
             opset
             for opset in range(newest, 0, -1)
-            if self._loads(_single("Identity", "", opset, ["tensor(float)"], {}))
+            if self._loads(_single("Identity", "", opset, ["tensor(float)"], 1, {}))
         )
 
-    def _versions(self, op: str, domain: str) -> Mapping[int, Schema]:
+    def versions(self, op: str, domain: str) -> Mapping[int, Schema]:
         found = self._converted.get((domain, op))
         if found is None:
             found = {schema.since_version: _converted(schema) for schema in self._schemas.get((domain, op), ())}
@@ -171,7 +176,10 @@ class Installed(Registry):
         schema = self.schema(op, domain, opset)
         if schema is None or provider != "CPUExecutionProvider":  # another provider would need its device
             return False
-        return self._loads(_single(op, domain, opset, completed(schema, inputs), schema.needed))
+        types = completed(schema, inputs)
+        if any(kind and kind not in _DATA_TYPES for kind in types) or set(schema.needed.values()) - _FILLERS.keys():
+            return False  # sequences and graphs: nothing that a fusion emits
+        return self._loads(_single(op, domain, opset, types, schema.results, schema.needed))
 
     def _loads(self, model: bytes) -> bool:
         if model not in self._tried:
@@ -217,7 +225,7 @@ class Snapshot(Registry):
         floating = {data_type for data_type in inputs if data_type in FLOATING}
         return schema is not None and len(floating) == 1 and floating <= set(tried.get(str(schema.since), ()))
 
-    def _versions(self, op: str, domain: str) -> Mapping[int, Schema]:
+    def versions(self, op: str, domain: str) -> Mapping[int, Schema]:
         found = self._operators.get(f"{domain}::{op}", {}).get("schemas", {})
         return {int(since): self._schema(int(since), fields) for since, fields in found.items()}
 
@@ -228,7 +236,9 @@ class Snapshot(Registry):
             inputs=tuple((name, kind) for name, kind in fields["inputs"]),
             outputs=tuple((name, kind) for name, kind in fields["outputs"]),
             required=fields["required"],
+            results=fields["results"],
             variadic=fields.get("variadic", False),
+            mixed=fields.get("mixed", False),
             types=self._named(fields["types"]),
             defaults={name: bytes.fromhex(value) for name, value in fields.get("defaults", {}).items()},
             needed=fields.get("needed", {}),
@@ -248,6 +258,8 @@ def parameter(schema: Schema, slot: int) -> tuple[str, str] | None:
 def completed(schema: Schema, inputs: Sequence[int | None]) -> list[str]:
     """Return a type per input slot, "" for one that is left out; a required one of unknown type gets a likely one."""
     given = ["" if data_type is None else type_name(data_type) for data_type in inputs]
+    # All of them, for onnxruntime aborts on definitions that read an optional input beyond the last one given.
+    given += [""] * (len(schema.inputs) - schema.variadic - len(given))
     given += [""] * (schema.required - len(given))
     bound: dict[str, str] = {}
     for slot, kind in enumerate(given):
@@ -263,17 +275,19 @@ def completed(schema: Schema, inputs: Sequence[int | None]) -> list[str]:
     return given
 
 
-def _single(op: str, domain: str, opset: int, inputs: Sequence[str], needed: Mapping[str, str]) -> bytes:
+def _single(op: str, domain: str, opset: int, inputs: Sequence[str], results: int, needed: Mapping[str, str]) -> bytes:
     """Return a serialized model of one node, of unknown shapes."""
-    attributes = {name: _FILLERS[kind] for name, kind in needed.items() if kind in _FILLERS}
+    attributes = {name: _FILLERS[kind] for name, kind in needed.items()}
     names = [f"in{slot}" if kind else "" for slot, kind in enumerate(inputs)]
-    node = helper.make_node(op, names, ["out"], domain=domain, **attributes)
+    outputs = [f"out{slot}" for slot in range(results)]
+    node = helper.make_node(op, names, outputs, domain=domain)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     infos = [
         helper.make_tensor_value_info(name, _DATA_TYPES[kind], None)
         for name, kind in zip(names, inputs, strict=True)
         if kind
     ]
-    graph = helper.make_graph([node], "one", infos, [helper.make_empty_tensor_value_info("out")])
+    graph = helper.make_graph([node], "one", infos, [helper.make_empty_tensor_value_info(name) for name in outputs])
     imports = [helper.make_opsetid("", _BASELINE if domain else opset)]
     if domain:
         imports.append(helper.make_opsetid(domain, opset))
@@ -318,7 +332,9 @@ def _converted(schema: Any) -> Schema:
         inputs=tuple((parameter.name, parameter.typeStr) for parameter in schema.inputs),
         outputs=tuple((parameter.name, parameter.typeStr) for parameter in schema.outputs),
         required=schema.min_input,
+        results=schema.min_output,
         variadic=bool(schema.inputs) and schema.inputs[-1].option.name == "Variadic",
+        mixed=bool(schema.inputs) and not schema.inputs[-1].isHomogeneous,
         types={c.type_param_str: frozenset(c.allowed_type_strs) for c in schema.type_constraints},
         defaults=defaults,
         needed={k: a.type.name for k, a in attributes.items() if a.required and k not in defaults},

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from onnx import TensorProto, defs
+from onnx import defs
 
 from fusion import registry
 from fusion.errors import TargetError
@@ -136,7 +136,9 @@ def _as_schema(schema: defs.OpSchema) -> Schema:
         inputs=tuple((formal.name, formal.type_str) for formal in schema.inputs),
         outputs=tuple((formal.name, formal.type_str) for formal in schema.outputs),
         required=schema.min_input,
-        variadic=bool(schema.inputs) and schema.inputs[-1].option.name == "Variadic",
+        results=schema.min_output,
+        variadic=bool(schema.inputs) and schema.inputs[-1].option == defs.OpSchema.FormalParameterOption.Variadic,
+        mixed=bool(schema.inputs) and not schema.inputs[-1].is_homogeneous,
         types={c.type_param_str: frozenset(c.allowed_type_strs) for c in schema.type_constraints},
         defaults={},
         needed={},
@@ -207,7 +209,7 @@ def _wrong_types(op: str, schema: Schema, inputs: tuple[int | None, ...], output
             listed = ", ".join(sorted(_short(other) for other in allowed if "(" in other and "(" not in _short(other)))
             return f"{op} (opset {schema.since}) does not take {_short(kind)} for {name}, only {listed}"
         first, before = bound.setdefault(variable, (name, kind))
-        if before != kind and variable in schema.types and not _heterogeneous(schema, name):
+        if before != kind and variable in schema.types and not (schema.mixed and name == schema.inputs[-1][0]):
             return f"{op} needs one type for {first} and {name}, not {_short(before)} and {_short(kind)}"
     return None
 
@@ -222,11 +224,6 @@ def _named_types(schema: Schema, inputs: tuple[int | None, ...], output: int | N
     if output is not None and schema.outputs:
         named.append((*schema.outputs[0], registry.type_name(output)))
     return named
-
-
-def _heterogeneous(schema: Schema, name: str) -> bool:
-    """Whether a parameter repeats with types of its own, as the inputs of Loop do."""
-    return schema.variadic and name == schema.inputs[-1][0] and name in ("v_initial", "initial_state_and_scan_inputs")
 
 
 def _short(kind: str) -> str:

@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Write down what the installed onnxruntime registers, for machines that have none.
+
+    python tools/snapshot_kernels.py [OUT.json]
+
+The default is the file in the package. Only operators of the standard and of com.microsoft are kept. For operators
+without a kernel of their own for a floating type the runtime itself is asked whether it loads them all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusion import registry
+from fusion.registry import FLOATING, NEWEST, Installed, Schema
+
+DOMAINS = ("", "com.microsoft")
+PACKAGED = Path(registry.__file__).parent / "data" / registry.SNAPSHOT
+
+
+class Types:
+    """The sets of types, each written once."""
+
+    def __init__(self) -> None:
+        self.index: dict[frozenset[str], int] = {}
+
+    def named(self, types: Any) -> dict[str, int]:
+        return {name: self.index.setdefault(allowed, len(self.index)) for name, allowed in sorted(types.items())}
+
+
+def snapshot(installed: Installed) -> str:
+    """Return the registry as JSON, one operator per line."""
+    types = Types()
+    operators = {}
+    for domain, op in installed.operators():
+        if domain in DOMAINS:
+            operators[f"{domain}::{op}"] = _operator(installed, domain, op, types)
+    lines = [f"{json.dumps(name)}:{json.dumps(entry, separators=(',', ':'))}" for name, entry in operators.items()]
+    head = {"version": installed.version, "newest_opset": installed.newest_opset}
+    listed = json.dumps([sorted(kinds) for kinds in types.index], separators=(",", ":")).replace("],[", "],\n[")
+    return f'{json.dumps(head)[:-1]},\n"types":{listed},\n"operators":{{\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def _operator(installed: Installed, domain: str, op: str, types: Types) -> dict[str, Any]:
+    schemas = installed.versions(op, domain)
+    entry: dict[str, Any] = {
+        "schemas": {str(since): _schema(schema, types) for since, schema in sorted(schemas.items())}
+    }
+    kernels = {
+        provider: [
+            [kernel.first, 0 if kernel.last == NEWEST else kernel.last, types.named(kernel.types)] for kernel in found
+        ]
+        for provider in installed.providers
+        if (found := installed.kernels(op, domain, provider))
+    }
+    if kernels:
+        entry["kernels"] = kernels
+    loads = {
+        str(since): found
+        for since, schema in sorted(schemas.items())
+        if (found := _loads(installed, domain, op, schema))
+    }
+    if loads:
+        entry["loads"] = loads
+    return entry
+
+
+def _schema(schema: Schema, types: Types) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "inputs": schema.inputs,
+        "outputs": schema.outputs,
+        "required": schema.required,
+        "results": schema.results,
+        "types": types.named(schema.types),
+    }
+    fields |= {flag: True for flag in ("deprecated", "variadic", "mixed") if getattr(schema, flag)}
+    if schema.defaults:
+        fields["defaults"] = {name: value.hex() for name, value in sorted(schema.defaults.items())}
+    if schema.needed:
+        fields["needed"] = dict(sorted(schema.needed.items()))
+    return fields
+
+
+def _loads(installed: Installed, domain: str, op: str, schema: Schema) -> list[int]:
+    """Return the floating types in which the runtime loads the operator, every floating input having that type."""
+    if schema.deprecated or (not domain and schema.since > installed.newest_opset):
+        return []
+    found = []
+    for data_type in FLOATING:
+        name = registry.type_name(data_type)
+        inputs = [
+            data_type if name in schema.types.get(kind, frozenset({kind})) else None
+            for _, kind in schema.inputs[: schema.required]
+        ]
+        if data_type in inputs and installed.loads_without_kernel(
+            op, domain, schema.since, inputs, "CPUExecutionProvider"
+        ):
+            found.append(data_type)
+    return found
+
+
+def main() -> None:
+    """Write the snapshot."""
+    destination = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGED
+    text = snapshot(Installed())
+    destination.write_text(text, "utf-8")
+    print(f"{destination}: {len(text):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
