@@ -188,7 +188,7 @@ def _matches(rewriter: Rewriter) -> list[Place]:
             Verdict.YES,
             nodes=tuple(node.label for node in candidate.region.core),
         )
-        for candidate in rewriter.candidates()
+        for candidate in rewriter.found()
     ]
 
 

@@ -60,7 +60,10 @@ def optional(spec: str) -> Capture:
 
 
 def rest(spec: str) -> Capture:
-    """Everything else that is added to, or masked out of, a sum: an ordered list, possibly empty."""
+    """Everything else that is added to, or masked out of, a sum: an ordered list, possibly empty.
+
+    Each part may be broadcast over any of the axes.
+    """
     return Capture("rest", *_parse(spec))
 
 

@@ -720,7 +720,7 @@ class Spine:
         placed: list[Entry] = []
         for entry in entries:
             viewed = self.matcher.in_axes(
-                entry.ref.layout, self.variable.dims, capture.loose, self.context, state
+                entry.ref.layout, self.variable.dims, frozenset(letters_of(capture.dims or ())), self.context, state
             )
             if isinstance(viewed, str):
                 yield from self.matcher._miss(state, "dimension", f"{self.name} with axes {_spell(capture.dims)}",

@@ -120,6 +120,7 @@ class Rewriter:
     def run(self) -> Outcome:
         """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
         dirty: set[Node] | None = None
+        learned = False
         for sweep in range(SWEEPS):
             self.outcome.sweeps = sweep + 1
             started = time.perf_counter()
@@ -128,12 +129,24 @@ class Rewriter:
             started = time.perf_counter()
             made = self._write(candidates)
             self.outcome.seconds["rewrite"] += time.perf_counter() - started
-            if not made:
+            if made:
+                dirty = _around(made)
+            elif not learned and self._leaves_attention():
+                learned, dirty = True, None
+                self.facts.learn()
+            else:
                 break
             self.view.forget()
-            dirty = _around(made)
         self.outcome.near.extend(self._failed.values())
         return self.outcome
+
+    def _leaves_attention(self) -> bool:
+        """Whether a contraction's anchor is left: only its axes may hang on equalities, which cost a pass to learn."""
+        return any(
+            self.anchors(plan)
+            for plan in self.plans
+            if self.emissions(plan.pattern) and SPELLINGS["softmax"] in plan.anchors
+        )
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -144,6 +157,18 @@ class Rewriter:
             if self.emissions(plan.pattern):
                 found.extend(self._of_plan(plan, dirty))
         return sorted(found, key=lambda candidate: candidate.order)
+
+    def found(self) -> list[Candidate]:
+        """The matches that do not overlap, the one with the larger gain kept; nothing is written."""
+        chosen: list[Candidate] = []
+        taken: set[Node] = set()
+        if self._leaves_attention():
+            self.facts.learn()
+        for candidate in self.candidates():
+            if taken.isdisjoint(candidate.region.core):
+                taken.update(candidate.region.core)
+                chosen.append(candidate)
+        return chosen
 
     def emissions(self, pattern: Pattern) -> list[p.Any]:
         """The ways to write a pattern for the target, preferred first."""
@@ -161,19 +186,18 @@ class Rewriter:
         return sorted(nodes, key=lambda node: (node.scope.name, node.position))
 
     def _of_plan(self, plan: Plan, dirty: set[Node] | None) -> Iterator[Candidate]:
-        tried: set[Value] = set()
+        tried: dict[Value, Candidate | None] = {}
         covered: set[Node] = set()
         for anchor in self.anchors(plan):
             if anchor in covered or (dirty is not None and anchor not in dirty):
                 continue
             for root in self.roots(plan, anchor):
-                if root in tried:
-                    continue
-                tried.add(root)
-                candidate = self._at(plan, root)
-                if candidate is not None:
-                    covered.update(candidate.region.core)
-                    yield candidate
+                if root not in tried:
+                    tried[root] = candidate = self._at(plan, root)
+                    if candidate is not None:
+                        covered.update(candidate.region.core)
+                        yield candidate
+                if anchor in covered:
                     break
 
     def _at(self, plan: Plan, root: Value) -> Candidate | None:
@@ -228,7 +252,7 @@ class Rewriter:
         made: list[Node] = []
         taken: set[Node] = set()
         for candidate in candidates:
-            if any(node in taken for node in candidate.region.core):
+            if not taken.isdisjoint(candidate.region.core):
                 continue
             nodes = self._emit(candidate)
             if nodes:
@@ -252,6 +276,7 @@ class Rewriter:
                 continue
             label = candidate.root.producer.scope.name if candidate.root.producer else ""
             nodes = apply(self.graph, found, builder.nodes, results)
+            self.facts.recomputed([value for node in nodes for value in node.outputs if value is not None])
             self.outcome.rewritten.append(
                 Rewritten(
                     candidate.plan.pattern.name,

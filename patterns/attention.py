@@ -10,7 +10,7 @@ def sdpa(q, k, v, bias, scale):
     return softmax(scale * (q @ axes(k, "... T D -> ... D T")) + bias) @ v
 
 
-@pattern(q="B S (H D)", k="B T (H D)", v="B T (H E)", bias=rest("B|1 H|1 S T"), scale=scalar())
+@pattern(q="B S (H D)", k="B T (H D)", v="B T (H E)", bias=rest("B H S T"), scale=scalar())
 def multi_head_attention(q, k, v, bias, scale):
     """Attention over heads that lie side by side in the hidden axis (Vaswani et al. 2017, section 3.2.2)."""
     q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H T D")
@@ -22,7 +22,7 @@ def multi_head_attention(q, k, v, bias, scale):
     x="B S C",
     wq="C (H D)", wk="C (H D)", wv="C (H E)",
     bq=optional("(H D)"), bk=optional("(H D)"), bv=optional("(H E)"),
-    bias=rest("B|1 H|1 S T"), scale=scalar(),
+    bias=rest("B H S T"), scale=scalar(),
 )  # fmt: skip
 def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
     """Multi-head attention of projections of one input (Vaswani et al. 2017, section 3.2.2)."""

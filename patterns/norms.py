@@ -4,17 +4,16 @@ from fusion.language import keep, mean, optional, pattern, scalar, sqrt
 from fusion.schema import attribute
 
 
-@pattern(x="... D", scale=optional("D"), bias=optional("D"), eps=scalar(0))
-def layer_norm(x, scale, bias, eps):
-    """Layer normalization (Ba, Kiros & Hinton 2016, eq. 4); D may be several trailing axes."""
-    d = x - mean(x)
-    return d / sqrt(mean(d**2) + eps) * scale + bias
-
-
 @pattern(x="... D", scale=optional("D"), eps=scalar(0))
 def rms_norm(x, scale, eps):
     """Root mean square normalization (Zhang & Sennrich 2019, eq. 4)."""
     return x / sqrt(mean(x**2) + eps) * scale
+
+
+@pattern(x="... D", scale=optional("D"), bias=optional("D"), eps=scalar(0))
+def layer_norm(x, scale, bias, eps):
+    """Layer normalization (Ba, Kiros & Hinton 2016, eq. 4); D may be several trailing axes."""
+    return rms_norm(x - mean(x), scale, eps) + bias
 
 
 @pattern(x="... D", skip="... D", shift=optional("D"), scale="D", bias=optional("D"), eps=scalar(0))

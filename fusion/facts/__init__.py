@@ -131,6 +131,12 @@ class Facts:
             for table in self._tables:
                 table.known.pop(value, None)
 
+    def recomputed(self, values: Iterable[Value]) -> None:
+        """Drop how these values are computed, not what they are: a rewrite gave them a new producer."""
+        for value in values:
+            for table in (self._layouts, self._integers, self._numbers):
+                table.known.pop(value, None)
+
     def dim(self, dim: Dim) -> Dim:
         """`dim` with the learned equalities applied."""
         if isinstance(dim, int) or not self.equal:
