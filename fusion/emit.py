@@ -324,6 +324,12 @@ class Builder:
         smallest = float(np.finfo(helper.tensor_dtype_to_np_dtype(found.dtype)).min)
         bias: Operand = None
         for entry in reversed(entries):
+            if entry.kind == "clamp":
+                if entry.fill > smallest * 0.999:
+                    raise Unmet(f"scores are clamped to {entry.fill:g}", place=found.root.name)
+                if bias is not None:
+                    bias = self.shared("Max", [bias, self._scalar(entry.fill)], None)
+                continue
             ref = _spread(entry.ref, keep=2 if bias is None else 0)
             if entry.kind == "term":
                 term = self.placed(ref, found.dtype)

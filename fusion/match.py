@@ -17,7 +17,7 @@ from fusion import plan as p
 from fusion.dims import Dim, product
 from fusion.graph import Node, Value
 from fusion.language import ELLIPSIS, Dims, letters_of
-from fusion.laws.linear import without_numbers
+from fusion.laws import linear, ring
 from fusion.layout import Layout
 from fusion.plan import Plan
 from fusion.schema import attribute, extra_attributes
@@ -54,7 +54,8 @@ class Entry(NamedTuple):
     """One part of a `rest` capture, outermost first.
 
     Attributes:
-        kind: "term" (coef * ref is added) or "mask" (where ref is not `keep`, the score becomes `fill`).
+        kind: "term" (coef * ref is added), "mask" (where ref is not `keep`, the score becomes `fill`) or "clamp" (the
+            score is at least `fill`).
         ref: the value, in the axes of the capture.
     """
 
@@ -112,7 +113,7 @@ class Matcher:
         root = self.view.root(value)
         if root is None:
             state = State({}, {}, {})
-            for missed in self._miss(state, "dimension", "a known rank", f"{value.name} has none", self.plan.weight,
+            for missed in self.miss(state, "dimension", "a known rank", f"{value.name} has none", self.plan.weight,
                                      value.name, Verdict.UNKNOWN):
                 yield Ref(value, Layout.identity(())), missed
             return
@@ -162,7 +163,7 @@ class Matcher:
 
     # -- obligations ------------------------------------------------------------------------------------------------
 
-    def _miss(
+    def miss(
         self, state: State, kind: str, expected: str, found: str, weight: int, place: str,
         verdict: Verdict = Verdict.NO,
     ) -> Iterator[State]:
@@ -187,9 +188,12 @@ class Matcher:
         single = term.single
         if isinstance(single, p.Var) and isinstance(given, Ref):
             yield from self.bind(single, given, context, state)
+        elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self._spine(single, context)):
+            yield from spine.walk(given, 1.0, (), state)
         elif isinstance(given, Ref):
-            place = given.value.name
-            yield from self.product(term, self.view.expand(given), context, state, place)
+            captures_only = all(isinstance(atom, p.Var) for atom, _ in term.factors)
+            opened = self.view.factor(given) if captures_only else self.view.expand(given)
+            yield from self.product(term, opened, context, state, given.value.name)
         else:
             yield from self.product(term, given, context, state, "")
 
@@ -197,10 +201,6 @@ class Matcher:
         """Match coefficient and factors; the one scalar capture among the factors takes up the coefficient."""
         single = term.single
         if isinstance(single, Sum):
-            spine = self._spine(single, context)
-            if spine is not None:
-                yield from spine.walk(given, 1.0, (), state)
-                return
             core = self._core(single)
             if core is not None:
                 yield from self.product(Prod(core.coef, core.factors), given, context, state, place)
@@ -255,7 +255,7 @@ class Matcher:
         if self.record and not found:
             kinds = ", ".join(_describe(candidate, own) for candidate, own in given) or f"the number {coef:g}"
             lost = p.weight(Prod(1.0, ((atom, exponent),)))
-            for missed in self._miss(state, "operator", _describe(atom, exponent), kinds, lost, place):
+            for missed in self.miss(state, "operator", _describe(atom, exponent), kinds, lost, place):
                 for rest, more in self._formulas(others, given, coef, context, missed, free, place):
                     yield rest, more
 
@@ -269,7 +269,7 @@ class Matcher:
                 yield state
             else:
                 left = ", ".join(_describe(atom, exponent) for atom, exponent in given)
-                yield from self._miss(state, "arity", "no further factor", left, len(given), place)
+                yield from self.miss(state, "arity", "no further factor", left, len(given), place)
             return
         (variable, exponent), others = variables[0], variables[1:]
         name = variable.name
@@ -282,7 +282,7 @@ class Matcher:
         if self.plan.captures[name].kind == "optional" and name not in state.bound:
             yield from self._variables(others, given, context, state, place)
         elif self.record and not given:
-            for missed in self._miss(state, "arity", f"a factor for {name}", "none", 1, place):
+            for missed in self.miss(state, "arity", f"a factor for {name}", "none", 1, place):
                 yield from self._variables(others, given, context, missed, place)
 
     def _coefficient(
@@ -292,7 +292,7 @@ class Matcher:
             if self._close(expected, found):
                 yield state
             else:
-                yield from self._miss(state, "constant", f"the factor {expected:g}", f"{found:g}", 1, place)
+                yield from self.miss(state, "constant", f"the factor {expected:g}", f"{found:g}", 1, place)
             return
         name, exponent = scalar
         value = found / expected
@@ -309,14 +309,14 @@ class Matcher:
             if isinstance(known, float) and self._close(known, value):
                 yield state
             else:
-                yield from self._miss(state, "constant", f"{name} = {known}", f"{value:g}", 1, place)
+                yield from self.miss(state, "constant", f"{name} = {known}", f"{value:g}", 1, place)
         elif capture.low <= value <= capture.high:
             bound = state.copy()
             bound.bound[name] = float(value)
             yield bound
         else:
             wanted = f"{name} between {capture.low:g} and {capture.high:g}"
-            yield from self._miss(state, "constant", wanted, f"{value:g}", 1, place)
+            yield from self.miss(state, "constant", wanted, f"{value:g}", 1, place)
 
     # -- atoms ------------------------------------------------------------------------------------------------------
 
@@ -375,13 +375,13 @@ class Matcher:
     def operator(self, atom: p.Op, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """An elementwise operator with its attributes at their defaults."""
         if node.key != atom.name or len(node.inputs) != 1:
-            yield from self._miss(state, "operator", atom.name, node.key, p.weight(Prod(1.0, ((atom, 1.0),))),
+            yield from self.miss(state, "operator", atom.name, node.key, p.weight(Prod(1.0, ((atom, 1.0),))),
                                   node.label)
             return
         extra = extra_attributes(node, ())
         states: Iterator[State] = iter((state,))
         if extra:
-            states = self._miss(state, "attribute", "default attributes", ", ".join(extra), 1, node.label)
+            states = self.miss(state, "attribute", "default attributes", ", ".join(extra), 1, node.label)
         operand = self.view.operand(given, node, 0)
         if operand is None:
             return
@@ -391,7 +391,7 @@ class Matcher:
     def softmax(self, atom: p.Softmax, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """A softmax over exactly the axis of its letter."""
         if node.key != "Softmax":
-            yield from self._miss(state, "operator", "Softmax", node.key, p.weight(Prod(1.0, ((atom, 1.0),))),
+            yield from self.miss(state, "operator", "Softmax", node.key, p.weight(Prod(1.0, ((atom, 1.0),))),
                                   node.label)
             return
         operand = node.inputs[0]
@@ -403,9 +403,9 @@ class Matcher:
         positions = [position for letter in atom.letters for position in self.positions(letter, context, state)]
         states: Iterator[State] = iter((state,))
         if node.version < 13 and own != len(shape) - 1:
-            states = self._miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
+            states = self.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
         elif not _covers(given.layout, positions, own):
-            states = self._miss(state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1,
+            states = self.miss(state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1,
                                 node.label)
         for current in states:
             yield from self.child(atom.child, _without_maximum(Ref(operand, given.layout), self.view), context, current)
@@ -432,9 +432,9 @@ class Matcher:
             bound.letters[letter] = outside = tuple(range(self.rank - given.rank, self.rank))
         states: Iterator[State] = iter((bound,))
         if len(outside) != len(inside):
-            states = self._miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)
+            states = self.miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)
         elif any(first.layout.depends(axis) for axis in outside):
-            states = self._miss(state, "dimension", f"a mean over {letter}, the last axes", "another axis", 1,
+            states = self.miss(state, "dimension", f"a mean over {letter}, the last axes", "another axis", 1,
                                 first.value.name)
         for current in states:
             yield from self.child(atom.child, child, {**context, letter: inside}, current)
@@ -446,8 +446,8 @@ class Matcher:
         last = (len(given.left.layout.axes) - 1,)
         inner = {**context, atom.letters[-1]: last}
         for first, second in ((given.left, given.right), (given.right, given.left)):
-            left, coef_left = without_numbers(first, self.view) if free else (first, 1.0)
-            right, coef_right = without_numbers(second, self.view) if free else (second, 1.0)
+            left, coef_left = linear.without_numbers(first, self.view) if free else (first, 1.0)
+            right, coef_right = linear.without_numbers(second, self.view) if free else (second, 1.0)
             for half in self.child(atom.left, left, inner, state):
                 for whole in self.child(atom.right, right, inner, half):
                     yield whole, coef_left * coef_right
@@ -458,7 +458,7 @@ class Matcher:
         rank = len(given.layout.source)
         captured = read(node, rank) if read is not None and rank else None
         if captured is None:
-            yield from self._miss(state, "operator", " or ".join(atom.pattern.readers), node.key, 1, node.label)
+            yield from self.miss(state, "operator", " or ".join(atom.pattern.readers), node.key, 1, node.label)
             return
         states: list[State] = [state]
         for own, outer in atom.letters:
@@ -492,7 +492,7 @@ class Matcher:
         elif len(known) == count:
             yield state
         else:
-            yield from self._miss(state, "dimension", f"{len(known)} axes for {letter}", str(count), 1, node.label)
+            yield from self.miss(state, "dimension", f"{len(known)} axes for {letter}", str(count), 1, node.label)
 
     # -- sums -------------------------------------------------------------------------------------------------------
 
@@ -545,7 +545,7 @@ class Matcher:
         if self.record and not found:
             lost = p.weight(Prod(item.coef, item.factors))
             kinds = ", ".join(_describe_item(candidate) for candidate in given) or "nothing more"
-            for missed in self._miss(state, "operator", _describe_item(item), kinds, lost, place):
+            for missed in self.miss(state, "operator", _describe_item(item), kinds, lost, place):
                 yield from self._summands(others, given, scale, context, missed, place)
 
     def _item(
@@ -573,7 +573,7 @@ class Matcher:
                 yield state
             else:
                 left = ", ".join(_describe_item(item) for item in given)
-                yield from self._miss(state, "arity", "no further summand", left, len(given), place)
+                yield from self.miss(state, "arity", "no further summand", left, len(given), place)
             return
         variable, others = variables[0], variables[1:]
         name = variable.name
@@ -586,7 +586,7 @@ class Matcher:
         if self.plan.captures[name].kind == "optional" and name not in state.bound:
             yield from self._bind_addends(others, given, scale, context, state, place)
         elif self.record and not given:
-            for missed in self._miss(state, "arity", f"a summand for {name}", "none", 1, place):
+            for missed in self.miss(state, "arity", f"a summand for {name}", "none", 1, place):
                 yield from self._bind_addends(others, given, scale, context, missed, place)
 
     def _constant(self, term: Sum, found: float, scale: float, state: State, place: str) -> Iterator[State]:
@@ -599,7 +599,7 @@ class Matcher:
         elif self._close(term.const, found / scale):
             yield state
         else:
-            yield from self._miss(state, "constant", f"+ {term.const:g}", f"+ {found / scale:g}", 1, place)
+            yield from self.miss(state, "constant", f"+ {term.const:g}", f"+ {found / scale:g}", 1, place)
 
     # -- captures ---------------------------------------------------------------------------------------------------
 
@@ -615,7 +615,7 @@ class Matcher:
         ref = self.view.peel(given).ref
         viewed = self.in_axes(ref.layout, variable.dims, capture.loose, context, state)
         if isinstance(viewed, str):
-            yield from self._miss(state, "dimension", f"{name} with axes {_spell(capture.dims)}", viewed, 1,
+            yield from self.miss(state, "dimension", f"{name} with axes {_spell(capture.dims)}", viewed, 1,
                                   ref.value.name)
             return
         known = state.bound.get(name)
@@ -627,7 +627,7 @@ class Matcher:
             yield state
         else:
             was = known.value.name if isinstance(known, Ref) else str(known)
-            yield from self._miss(state, "same value", f"{name} = {was} again", ref.value.name, 1, ref.value.name)
+            yield from self.miss(state, "same value", f"{name} = {was} again", ref.value.name, 1, ref.value.name)
 
     def in_axes(
         self, layout: Layout, dims: Dims | None, loose: frozenset[str], context: Context, state: State
@@ -670,41 +670,46 @@ class Spine:
         self.name = variable.name
         self.context = context
 
-    def walk(self, given: Prod, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        """Yield the states in which `coef * given` is the formula plus what `entries` and the way down collect."""
-        scaled = Prod(given.coef * coef, given.factors)
-        for matched in self.matcher.product(self.formula, scaled, self.context, state, "scores"):
-            yield from self._bind(entries, matched)
-        if len(given.factors) != 1 or given.factors[0][1] != 1.0:
+    def walk(self, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        """Yield the states in which `coef * ref` is the formula plus what `entries` and the way down collect."""
+        view = self.matcher.view
+        ref = view.peel(ref).ref
+        node = ref.value.producer
+        if node is None or node.domain:
             return
-        atom = given.factors[0][0]
-        if isinstance(atom, Sum):
-            yield from self._sum(atom, scaled.coef, entries, state)
-        elif isinstance(atom, Ref):
-            node = atom.value.producer
-            if node is not None and node.key == "Where":
-                yield from self._where(node, atom, scaled.coef, entries, state)
-                return
-            expanded = self.matcher.view.expand(atom)
-            if expanded.single != atom:
-                yield from self.walk(expanded, scaled.coef, entries, state)
+        if node.op == "Where":
+            yield from self._where(node, ref, coef, entries, state)
+        elif node.op in ring.SUMS:
+            yield from self._sum(node, ref, coef, entries, state)
+        elif node.op == "Max":
+            yield from self._clamp(node, ref, coef, entries, state)
+        elif (scaled := linear.behind(node, ref, view)) is not None:
+            yield from self.walk(scaled[0], coef * scaled[1], entries, state)
+        else:
+            given = Prod(coef, ((ref, 1.0),))
+            for matched in self.matcher.product(self.formula, given, self.context, state, ref.value.name):
+                yield from self._bind(entries, matched)
 
-    def _sum(self, term: Sum, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        for index, item in enumerate(term.items):
-            others = [other for position, other in enumerate(term.items) if position != index]
-            beside: list[Entry] = []
-            for other in others:
-                if other.origin is None:
-                    break
-                source = self.matcher.view.peel(other.origin).ref
-                beside.append(Entry("term", source, other.share * coef))
-            if len(beside) < len(others) or term.const != 0.0:
-                continue
-            yield from self.walk(Prod(item.coef, item.factors), coef, (*entries, *beside), state)
+    def _sum(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        view = self.matcher.view
+        operands = [view.operand(ref, node, index) for index in range(len(node.inputs))]
+        known = [operand for operand in operands if operand is not None]
+        if len(known) < len(operands):
+            place, found = node.label, "broadcasting that depends on unknown sizes"
+            yield from self.matcher.miss(
+                state, "dimension", "operands of known shape", found, 1, place, Verdict.UNKNOWN
+            )
+            return
+        signs = [-coef if node.op == "Sub" and index == 1 else coef for index in range(len(known))]
+        for index, main in enumerate(known):
+            beside = [
+                Entry("term", view.peel(other).ref, signs[position])
+                for position, other in enumerate(known)
+                if position != index
+            ]
+            yield from self.walk(main, signs[index], (*entries, *beside), state)
 
-    def _where(
-        self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State
-    ) -> Iterator[State]:
+    def _where(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view
         condition, yes, no = (view.operand(ref, node, index) for index in range(3))
         if condition is None or yes is None or no is None:
@@ -713,17 +718,29 @@ class Spine:
             fill = view.number(other.value)
             if fill is not None:
                 entry = Entry("mask", view.peel(condition).ref, 1.0, keep, fill * coef)
-                yield from self.walk(view.expand(scores), coef, (*entries, entry), state)
+                yield from self.walk(scores, coef, (*entries, entry), state)
+
+    def _clamp(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        view = self.matcher.view
+        for index in (0, 1) if len(node.inputs) == 2 and coef > 0 else ():
+            scores, other = view.operand(ref, node, index), node.inputs[1 - index]
+            least = view.number(other) if other is not None else None
+            if scores is not None and least is not None:
+                entry = Entry("clamp", scores, 1.0, True, least * coef)
+                yield from self.walk(scores, coef, (*entries, entry), state)
 
     def _bind(self, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         capture = self.matcher.plan.captures[self.name]
         placed: list[Entry] = []
         for entry in entries:
+            if entry.kind == "clamp":
+                placed.append(entry)
+                continue
             viewed = self.matcher.in_axes(
                 entry.ref.layout, self.variable.dims, frozenset(letters_of(capture.dims or ())), self.context, state
             )
             if isinstance(viewed, str):
-                yield from self.matcher._miss(state, "dimension", f"{self.name} with axes {_spell(capture.dims)}",
+                yield from self.matcher.miss(state, "dimension", f"{self.name} with axes {_spell(capture.dims)}",
                                               viewed, 1, entry.ref.value.name)
                 return
             placed.append(entry._replace(ref=Ref(entry.ref.value, viewed)))

@@ -86,7 +86,7 @@ class Plan:
         root: the normal form of its result.
         dims: axes of the result.
         anchors: for each mandatory part, the operators that may spell it; the rarest in a graph is the anchor.
-        weight: how many operators the formula has.
+        weight: how many operators and captures the formula has.
     """
 
     pattern: Pattern
@@ -247,10 +247,10 @@ def children(atom: Atom) -> Iterator[Prod]:
 
 
 def weight(term: Prod) -> int:
-    """The number of operators of a term."""
+    """The number of operators and captures of a term."""
     total = 0 if term.coef == 1.0 else 1
     for atom, _ in term.factors:
-        own = 0 if isinstance(atom, Var | Group | Kept) else 1
+        own = 0 if isinstance(atom, Group | Kept) else 1
         total += own + sum(weight(child) for child in children(atom))
     return total
 

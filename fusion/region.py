@@ -60,7 +60,7 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
         output = node.outputs[0] if node.outputs else None
         if node is producer or data is None or output is None or not view.rearranges(node):
             continue
-        if data in stops or data.producer in prefix:
+        if data in stops or data in kept or data.producer in prefix:
             prefix[node] = None
     core = [node for node in ordered if node not in prefix]
     for node in core:

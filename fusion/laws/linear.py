@@ -19,15 +19,16 @@ def without_numbers(ref: Ref, view: View) -> tuple[Ref, float]:
     while True:
         ref = view.peel(ref).ref
         node = ref.value.producer
-        if node is None or node.key not in OPERATORS:
-            return ref, coef
-        following = _behind(node, ref, view)
+        following = behind(node, ref, view) if node is not None else None
         if following is None:
             return ref, coef
         ref, coef = following[0], coef * following[1]
 
 
-def _behind(node: Node, ref: Ref, view: View) -> tuple[Ref, float] | None:
+def behind(node: Node, ref: Ref, view: View) -> tuple[Ref, float] | None:
+    """What `node` multiplies by a number, and the number; None where it does something else."""
+    if node.key not in OPERATORS:
+        return None
     if node.op == "Neg":
         operand = view.operand(ref, node, 0)
         return None if operand is None else (operand, -1.0)
