@@ -123,12 +123,18 @@ class VerifyReport:
         console.print(self._verdict(), style="green" if self.equal else "bold red", markup=False, highlight=False)
 
     def _verdict(self) -> str:
-        tried = f"{self.runs} input sets" + (f", {self.skipped} refused by the first model" if self.skipped else "")
+        tried = _count(self.runs, "input set") + (
+            f", {self.skipped} refused by the first model" if self.skipped else ""
+        )
         if self.equal:
-            return f"equal: {len(self.outputs)} outputs, {tried}"
+            return f"equal: {_count(len(self.outputs), 'output')}, {tried}"
         if not self.differences:
             return f"nothing could be compared ({tried})"
-        return f"different: {len(self.differences)} differences ({tried})"
+        return f"different: {_count(len(self.differences), 'difference')} ({tried})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def verify(

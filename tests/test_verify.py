@@ -369,9 +369,9 @@ def printed(report: VerifyReport) -> str:
 
 def test_the_printed_report_says_what_was_done_and_what_differs() -> None:
     text = printed(verify(model(GELU), model(GELU)))
-    assert "equal: 1 outputs, 8 input sets" in text
+    assert "equal: 1 output, 8 input sets" in text
     text = printed(verify(model(GELU), model(GELU.replace("{0.5}", "{0.6}"))))
-    assert "different: 1 differences (8 input sets)" in text
+    assert "different: 1 difference (8 input sets)" in text
     assert "✗ output 'y': " in text
 
 
