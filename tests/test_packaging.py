@@ -95,6 +95,16 @@ def test_every_package_is_listed() -> None:
     assert set(CONFIG["tool"]["setuptools"]["packages"]) == there
 
 
+def test_nothing_that_is_ignored_is_tracked() -> None:
+    """An environment or a build that was committed once makes every clone large, and `make` take it for its own."""
+    git = ["git", "-C", str(ROOT), "ls-files", "--cached", "--ignored", "--exclude-standard"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git working tree")
+    tracked = done.stdout.splitlines()
+    assert not tracked, f"{len(tracked)} ignored files are tracked, {tracked[0]} first: git rm -r --cached them"
+
+
 def test_every_dependency_has_a_range_and_a_reason() -> None:
     lines = (ROOT / "pyproject.toml").read_text().splitlines()
     for requirement in CONFIG["project"]["dependencies"]:
