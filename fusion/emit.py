@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fusion.dims import Dim
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
+from fusion.language import letters_of
 from fusion.layout import Layout
 from fusion.match import Entry, Miss, State
 from fusion.place import before, int64, place, shape_items, standing
@@ -396,6 +397,15 @@ class Builder:
                 yield bound.value
             elif isinstance(bound, tuple):
                 yield from (entry.ref.value for entry in bound)
+
+    def in_root_axes(self, result: New) -> New:
+        """The result with its axes in the order of the root, where the letters of the pattern stand in another."""
+        found = self._found
+        order = [axis for letter in letters_of(found.plan.dims) for axis in found.state.letters.get(letter, ())]
+        if order == sorted(order) or found.plan.is_grouped:
+            return result
+        back = sorted(range(len(order)), key=lambda index: order[index])
+        return self.Transpose(result, perm=back, dtype=result.dtype)  # type: ignore[no-any-return]
 
     def require_kernels(self, target: Target) -> None:
         """Every new node has a kernel on the target, for its dtype and the model's opset.

@@ -131,7 +131,7 @@ class Matcher:
     def _split(self, root: Ref) -> Iterator[tuple[Ref, dict[str, tuple[int, ...]]]]:
         """Give the result's letters their coordinate axes; a group `(H E)` is split where the layout has a seam."""
         dims = self.plan.dims
-        if not any(isinstance(token, tuple) for token in dims):
+        if not self.plan.is_grouped:
             yield root, {}
             return
         if len(dims) != len(root.layout.axes):
@@ -424,17 +424,18 @@ class Matcher:
         outside = context.get(letter, state.letters.get(letter))
         bound = state
         if outside is None:
-            letters = letters_of(self.plan.dims)
-            last = bool(letters) and letters[-1] == letter
-            if not last or given.rank > self.rank:
+            free = [axis for axis, dim in enumerate(first.layout.shape[: self.rank]) if dim != 1]
+            spread = [axis for axis in free if not first.layout.depends(axis)]
+            if letters_of(self.plan.dims)[-1:] != (letter,) or given.rank > self.rank:
                 return
+            trailing = tuple(range(self.rank - given.rank, self.rank))
             bound = state.copy()
-            bound.letters[letter] = outside = tuple(range(self.rank - given.rank, self.rank))
+            bound.letters[letter] = outside = tuple(spread) if len(spread) == given.rank else trailing
         states: Iterator[State] = iter((bound,))
         if len(outside) != len(inside):
             states = self.miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)
         elif any(first.layout.depends(axis) for axis in outside):
-            states = self.miss(state, "dimension", f"a mean over {letter}, the last axes", "another axis", 1,
+            states = self.miss(state, "dimension", f"a mean over {letter}", "another axis", 1,
                                 first.value.name)
         for current in states:
             yield from self.child(atom.child, child, {**context, letter: inside}, current)

@@ -97,6 +97,11 @@ class Plan:
     anchors: tuple[frozenset[str], ...]
     weight: int
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the result has merged axes, such as `(H E)`."""
+        return any(isinstance(token, tuple) for token in self.dims)
+
 
 def compile_pattern(pattern: Pattern) -> list[Plan]:
     """Return the plans of a pattern, the opened reading first."""

@@ -235,7 +235,7 @@ class Rewriter:
         if node is None:
             return False
         if isinstance(single, p.MatMul):
-            if len(plan.dims) > 1 and any(isinstance(token, tuple) for token in plan.dims):
+            if plan.is_grouped:
                 return self.view.rearranges(node)
             return node.key in SPELLINGS["matmul"]
         if isinstance(single, p.Fused):
@@ -267,7 +267,8 @@ class Rewriter:
             builder = Builder(found)
             try:
                 returned = emission.build(found, builder)
-                results: list[New] = list(returned) if isinstance(returned, tuple) else [returned]
+                outputs: tuple[New, ...] = returned if isinstance(returned, tuple) else (returned,)
+                results = [builder.in_root_axes(output) for output in outputs]
                 found.require_order(builder.inputs)
                 builder.require_kernels(self.target)
                 found.require_gain(builder.nodes)

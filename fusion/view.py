@@ -165,10 +165,17 @@ class View:
 
 
 def _single(value: Value) -> bool:
-    """Whether one consumer alone computes with the value; who asks for its shape, or guards it, does not count."""
+    """Whether one consumer alone computes with the value; who asks for its shape or type, or guards it, does not count."""
     if value.is_output:
         return False
-    readers = [node for node in value.uses if node.op not in ("Shape", "Size")]
+    if len(value.uses) == 1:
+        return True
+    readers = [node for node in value.uses if not _asks_only(node, value)]
     if len(readers) == 2:
         return any(node.op == "Where" and guards.is_private(node, value) for node in readers)
     return len(readers) == 1
+
+
+def _asks_only(node: Node, value: Value) -> bool:
+    """Whether a reader wants the shape or the element type of the value, not its numbers."""
+    return node.op in ("Shape", "Size") or (node.op == "CastLike" and node.inputs[0] is not value)

@@ -46,19 +46,19 @@ def _(node, rank):
 @layer_norm.emit("onnx", "ort-cpu")
 def _(found, op):
     scale = op.arranged(found.scale) or op.ones("D")
-    return op.LayerNormalization(found.x, scale, op.arranged(found.bias), axis=-found.count("D"), epsilon=found.eps)
+    return op.LayerNormalization(op.arranged(found.x), scale, op.arranged(found.bias), axis=-found.count("D"), epsilon=found.eps)
 
 
 @rms_norm.emit("onnx", "ort-cpu")
 def _(found, op):
     scale = op.arranged(found.scale) or op.ones("D")
-    return op.RMSNormalization(found.x, scale, axis=-found.count("D"), epsilon=found.eps)
+    return op.RMSNormalization(op.arranged(found.x), scale, axis=-found.count("D"), epsilon=found.eps)
 
 
 @rms_norm.emit("ort-cpu")
 def _(found, op):
     scale = op.arranged(found.scale) or op.ones("D")
-    return op.SimplifiedLayerNormalization(found.x, scale, axis=-found.count("D"), epsilon=found.eps)
+    return op.SimplifiedLayerNormalization(op.arranged(found.x), scale, axis=-found.count("D"), epsilon=found.eps)
 
 
 @skip_layer_norm.emit("ort-cpu")
