@@ -220,10 +220,10 @@ class Snapshot(Registry):
     def loads_without_kernel(
         self, op: str, domain: str, opset: int, inputs: Sequence[int | None], provider: str
     ) -> bool:
-        schema = self.schema(op, domain, opset)
         tried = self._operators.get(f"{domain}::{op}", {}).get("loads", {})
         floating = {data_type for data_type in inputs if data_type in FLOATING}
-        return schema is not None and len(floating) == 1 and floating <= set(tried.get(str(schema.since), ()))
+        ranges = tried.get(str(floating.pop()), ()) if len(floating) == 1 else ()
+        return any(first <= opset <= last for first, last in ranges)
 
     def versions(self, op: str, domain: str) -> Mapping[int, Schema]:
         found = self._operators.get(f"{domain}::{op}", {}).get("schemas", {})

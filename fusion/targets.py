@@ -201,7 +201,7 @@ def _wrong_types(op: str, schema: Schema, inputs: tuple[int | None, ...], output
     if len(inputs) < schema.required:
         return f"{op} needs {schema.required} inputs, not {len(inputs)}"
     if registry.parameter(schema, len(inputs) - 1) is None and inputs:
-        return f"{op} (opset {schema.since}) has {len(schema.inputs)} inputs, not {len(inputs)}"
+        return f"{op} (opset {schema.since}) does not take {len(inputs)} inputs"
     bound: dict[str, tuple[str, str]] = {}
     for name, variable, kind in _named_types(schema, inputs, output):
         allowed = schema.types.get(variable, frozenset({variable}))

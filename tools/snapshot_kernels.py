@@ -16,8 +16,11 @@ from typing import Any
 
 from fusion import registry
 from fusion.registry import FLOATING, NEWEST, Installed, Schema
+from fusion.targets import target_named
 
 DOMAINS = ("", "com.microsoft")
+CPU = target_named("ort-cpu")
+OLDEST = 7  # onnxruntime promises nothing below
 PACKAGED = Path(registry.__file__).parent / "data" / registry.SNAPSHOT
 
 
@@ -58,11 +61,7 @@ def _operator(installed: Installed, domain: str, op: str, types: Types) -> dict[
     }
     if kernels:
         entry["kernels"] = kernels
-    loads = {
-        str(since): found
-        for since, schema in sorted(schemas.items())
-        if (found := _loads(installed, domain, op, schema))
-    }
+    loads = {str(data_type): found for data_type in FLOATING if (found := _loads(installed, domain, op, data_type))}
     if loads:
         entry["loads"] = loads
     return entry
@@ -84,22 +83,30 @@ def _schema(schema: Schema, types: Types) -> dict[str, Any]:
     return fields
 
 
-def _loads(installed: Installed, domain: str, op: str, schema: Schema) -> list[int]:
-    """Return the floating types in which the runtime loads the operator, every floating input having that type."""
-    if schema.deprecated or (not domain and schema.since > installed.newest_opset):
-        return []
-    found = []
-    for data_type in FLOATING:
+def _loads(installed: Installed, domain: str, op: str, data_type: int) -> list[list[int]]:
+    """Return the ranges of opsets in which the runtime loads the operator without a kernel for a floating type.
+
+    Every floating input has that type. Each opset is tried: the operators that a definition consists of, and Cast, have
+    kernels of their own for some opsets and not for others.
+    """
+    ranges: list[list[int]] = []
+    opsets = sorted(installed.versions(op, domain)) if domain else range(OLDEST, installed.newest_opset + 1)
+    for opset in opsets:
+        schema = installed.schema(op, domain, opset)
+        if schema is None or schema.deprecated:
+            continue
         name = registry.type_name(data_type)
         inputs = [
             data_type if name in schema.types.get(kind, frozenset({kind})) else None
             for _, kind in schema.inputs[: schema.required]
         ]
-        if data_type in inputs and installed.loads_without_kernel(
-            op, domain, schema.since, inputs, "CPUExecutionProvider"
-        ):
-            found.append(data_type)
-    return found
+        if data_type not in inputs or CPU.route(op, domain, opset, inputs) != "expanded":
+            continue
+        if ranges and ranges[-1][1] == opset - 1:
+            ranges[-1][1] = opset
+        else:
+            ranges.append([opset, opset])
+    return ranges
 
 
 def main() -> None:

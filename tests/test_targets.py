@@ -1,0 +1,232 @@
+"""What a target calls legal loads there, and what it refuses is refused: asked of the runtime itself."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from fusion import registry
+from fusion.errors import TargetError
+from fusion.registry import NEWEST, Kernel, Schema
+from fusion.targets import Target, runtime_version, target_named, target_names
+
+ort = pytest.importorskip("onnxruntime")
+
+FLOAT, HALF, DOUBLE, BFLOAT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16
+INT32, INT64, BOOL = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
+TYPES = (FLOAT, HALF, DOUBLE, BFLOAT, INT64, INT32, BOOL)
+
+CPU = target_named("ort-cpu")
+ONNX = target_named("onnx")
+WRITTEN = Target("ort-cpu", "CPUExecutionProvider", registry.snapshot)
+
+X, W = ["b", 4, 8], [8]
+# (operator, domain, opset, shape per input with None for one left out, attributes)
+OPERATORS: list[tuple[str, str, int, list[list[object] | None], dict[str, object]]] = [
+    ("Add", "", 13, [X, X], {}),
+    ("Relu", "", 13, [X], {}),
+    ("Relu", "", 14, [X], {}),
+    ("Erf", "", 13, [X], {}),
+    ("Sqrt", "", 13, [X], {}),
+    ("Softmax", "", 11, [X], {}),
+    ("Softmax", "", 13, [X], {}),
+    ("MatMul", "", 13, [["b", 4, 8], ["b", 8, 4]], {}),
+    ("Gelu", "", 20, [X], {}),
+    ("Gelu", "", 17, [X], {}),
+    ("Mish", "", 18, [X], {}),
+    ("HardSwish", "", 14, [X], {}),
+    ("HardSwish", "", 22, [X], {}),
+    ("Swish", "", 24, [X], {}),
+    ("LayerNormalization", "", 11, [X, W], {}),
+    ("LayerNormalization", "", 17, [X, W, W], {}),
+    ("SimplifiedLayerNormalization", "", 11, [X, W], {}),
+    ("RMSNormalization", "", 23, [X, W], {}),
+    ("RMSNormalization", "", 22, [X, W], {}),
+    ("GroupNormalization", "", 21, [["b", 8, 4], W, W], {"num_groups": 2}),
+    ("GlobalLpPool", "", 22, [["b", 4, 8, 8]], {}),
+    ("GlobalLpPool", "", 21, [["b", 4, 8, 8]], {}),
+    ("Attention", "", 23, [["b", 2, 4, 8]] * 3, {}),
+    ("Attention", "", 25, [["b", 2, 4, 8]] * 3, {}),
+    ("Gelu", "com.microsoft", 1, [X], {}),
+    ("FastGelu", "com.microsoft", 1, [X], {}),
+    ("FastGelu", "com.microsoft", 1, [X, W], {}),
+    ("QuickGelu", "com.microsoft", 1, [X], {}),
+    ("BiasGelu", "com.microsoft", 1, [X, W], {}),
+    ("FusedMatMul", "com.microsoft", 1, [["b", 4, 8], ["b", 8, 4]], {}),
+    ("SkipLayerNormalization", "com.microsoft", 1, [X, X, W], {}),
+    ("SkipLayerNormalization", "com.microsoft", 1, [X, X, W, None, W], {}),
+    ("SkipSimplifiedLayerNormalization", "com.microsoft", 1, [X, X, W], {}),
+    ("MultiHeadAttention", "com.microsoft", 1, [X, X, X], {"num_heads": 2}),
+    ("Attention", "com.microsoft", 1, [X, [8, 24], [24]], {"num_heads": 2}),
+    ("NoSuchOperator", "com.microsoft", 1, [X], {}),
+]
+
+
+def loads(
+    op: str, domain: str, opset: int, data_type: int, shapes: list[list[object] | None], attributes: dict
+) -> bool:
+    """Whether onnxruntime takes a model of this one node."""
+    names = ["" if shape is None else f"in{slot}" for slot, shape in enumerate(shapes)]
+    node = helper.make_node(op, names, ["out"], domain=domain, **attributes)
+    infos = [
+        helper.make_tensor_value_info(n, data_type, s) for n, s in zip(names, shapes, strict=True) if s is not None
+    ]
+    graph = helper.make_graph([node], "g", infos, [helper.make_empty_tensor_value_info("out")])
+    imports = [helper.make_opsetid("", 17 if domain else opset)]
+    imports += [helper.make_opsetid(domain, opset)] if domain else []
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        ort.InferenceSession(model.SerializeToString(), options, providers=CPU.providers)
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("case", OPERATORS, ids=lambda c: f"{c[1]}{'::' if c[1] else ''}{c[0]}-{c[2]}-{len(c[3])}")
+def test_legal_is_what_the_runtime_loads(case: tuple) -> None:
+    op, domain, opset, shapes, attributes = case
+    for data_type in TYPES:
+        inputs = [None if shape is None else data_type for shape in shapes]
+        refused = CPU.refuses(op, domain, opset, inputs)
+        really = loads(op, domain, opset, data_type, shapes, attributes)
+        assert (refused is None) == really, f"{TensorProto.DataType.Name(data_type)}: {refused}"
+
+
+@pytest.mark.parametrize("case", OPERATORS, ids=lambda c: f"{c[1]}{'::' if c[1] else ''}{c[0]}-{c[2]}-{len(c[3])}")
+@pytest.mark.skipif(ort.__version__ != registry.snapshot().version, reason="the snapshot is of another onnxruntime")
+def test_the_snapshot_says_what_the_runtime_says(case: tuple) -> None:
+    op, domain, opset, shapes, _ = case
+    for data_type in TYPES:
+        inputs = [None if shape is None else data_type for shape in shapes]
+        assert WRITTEN.refuses(op, domain, opset, inputs) == CPU.refuses(op, domain, opset, inputs)
+        assert WRITTEN.route(op, domain, opset, inputs) == CPU.route(op, domain, opset, inputs)
+
+
+@pytest.mark.skipif(ort.__version__ != registry.snapshot().version, reason="the snapshot is of another onnxruntime")
+def test_the_snapshot_is_what_its_tool_writes() -> None:
+    path = Path(__file__).parents[1] / "tools" / "snapshot_kernels.py"
+    spec = importlib.util.spec_from_file_location("snapshot_kernels", path)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.snapshot(registry.Installed()) == tool.PACKAGED.read_text("utf-8")
+
+
+def test_without_onnxruntime_the_snapshot_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(registry, "import_module", missing)
+    registry.current.cache_clear()
+    try:
+        assert registry.current() is registry.snapshot()
+        assert runtime_version() is None
+        assert "ort-cpu" in target_names()
+        assert target_named("ort-cpu").refuses("BiasGelu", "com.microsoft", 1, [FLOAT, FLOAT]) is None
+        assert registry.defaults("SkipLayerNormalization", "com.microsoft", 1)["epsilon"].f == pytest.approx(1e-12)
+    finally:
+        registry.current.cache_clear()
+
+
+# -- how, and why not -------------------------------------------------------------------------------------------------
+
+
+def test_the_route_says_whether_there_is_a_kernel() -> None:
+    assert CPU.route("Gelu", "", 20, [FLOAT]) == "kernel"
+    assert CPU.route("Swish", "", 24, [FLOAT]) == "expanded"
+    assert CPU.route("FusedMatMul", "com.microsoft", 1, [HALF, HALF]) == "expanded"  # in float32, between casts
+    assert CPU.route("Erf", "", 13, [DOUBLE]) is None
+    assert ONNX.route("Swish", "", 24, [FLOAT]) == "standard"
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (("Gelu", "", 17, [FLOAT]), "Gelu comes with opset 20, and the model imports 17"),
+        (("Relu", "", 13, [INT64]), "Relu (opset 13) does not take int64 for X, only bfloat16, double, float, float16"),
+        (("Add", "", 14, [FLOAT, HALF]), "Add needs one type for A and B, not float and float16"),
+        (("Add", "", 14, [FLOAT, FLOAT], HALF), "Add needs one type for A and C, not float and float16"),
+        (("Add", "", 14, [FLOAT]), "Add needs 2 inputs, not 1"),
+        (("Relu", "", 14, [FLOAT, FLOAT]), "Relu (opset 14) does not take 2 inputs"),
+        (("Upsample", "", 10, [FLOAT, FLOAT]), "Upsample is deprecated at opset 10"),
+    ],
+)
+def test_reasons_of_the_schema_are_sentences(asked: tuple, reason: str) -> None:
+    assert CPU.refuses(*asked) == reason
+    assert ONNX.refuses(*asked) == reason
+
+
+def test_reasons_of_the_runtime_are_sentences() -> None:
+    version = runtime_version()
+    assert CPU.refuses("Erf", "", 13, [DOUBLE]) == (
+        f"onnxruntime {version} has no CPU kernel for Erf (opset 13) with double"
+    )
+    assert (
+        CPU.refuses("Nope", "com.microsoft", 1, [FLOAT]) == f"onnxruntime {version} does not know com.microsoft::Nope"
+    )
+    assert "is newer than onnxruntime" in str(CPU.refuses("Relu", "", CPU.newest_opset + 1, [FLOAT]))
+
+
+def test_the_newest_opset_loads_and_the_next_does_not() -> None:
+    assert loads("Identity", "", CPU.newest_opset, FLOAT, [X], {})
+    assert not loads("Identity", "", CPU.newest_opset + 1, FLOAT, [X], {})
+
+
+def test_the_standard_knows_no_runtimes_operators() -> None:
+    assert ONNX.refuses("Gelu", "com.microsoft", 1, [FLOAT]) == "com.microsoft::Gelu is no standard ONNX operator"
+    assert ONNX.refuses("SimplifiedLayerNormalization", "", 17, [FLOAT, FLOAT]) == (
+        "SimplifiedLayerNormalization is no operator"
+    )
+    assert ONNX.refuses("LayerNormalization", "", 16, [FLOAT, FLOAT]) is not None
+    assert ONNX.refuses("Erf", "", 13, [DOUBLE]) is None
+    assert ONNX.newest_opset == onnx.defs.onnx_opset_version()
+    assert "is newer than the installed onnx" in str(ONNX.refuses("Relu", "", ONNX.newest_opset + 1, [FLOAT]))
+
+
+def test_unknown_types_and_inputs_left_out_do_not_matter() -> None:
+    assert CPU.refuses("SkipLayerNormalization", "com.microsoft", 1, [FLOAT, None, FLOAT, None, FLOAT]) is None
+    assert CPU.refuses("Add", "ai.onnx", 14, [None, None]) is None
+
+
+def test_inputs_that_repeat_may_be_many_and_of_their_own_types() -> None:
+    assert CPU.refuses("Concat", "", 13, [FLOAT] * 9) is None
+    assert CPU.refuses("Concat", "", 13, [FLOAT] * 8 + [HALF]) is not None
+    assert CPU.refuses("Loop", "", 16, [INT64, BOOL, FLOAT, INT64]) is None
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_target_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(TargetError, match=r"'ort-cup' is unknown: did you mean 'ort-cpu'\? There are onnx, ort-cpu"):
+        target_named("ort-cup")
+    with pytest.raises(TargetError, match="'zzz' is unknown: There are onnx"):
+        target_named("zzz")
+
+
+def test_providers_are_what_a_session_takes() -> None:
+    assert CPU.providers == ["CPUExecutionProvider"]
+    assert ONNX.providers == ["CPUExecutionProvider"]
+    cuda = Target("ort-cuda", "CUDAExecutionProvider", registry.snapshot)
+    assert cuda.providers == ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    assert runtime_version() == ort.__version__
+
+
+# -- versions of kernels ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "since", "expected"),
+    [(7, 12, 7, True), (7, 12, 9, True), (7, 12, 13, False), (13, NEWEST, 13, True), (13, NEWEST, 14, False)],
+)
+def test_a_kernel_without_an_end_serves_only_its_own_opset(first: int, last: int, since: int, expected: bool) -> None:
+    schema = Schema(since, False, (), (), 0, 0, False, False, {}, {}, {})
+    assert Kernel(first, last, {}).serves(schema) == expected
