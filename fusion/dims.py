@@ -36,6 +36,7 @@ __all__ = [
     "atom_of",
     "atoms",
     "broadcast",
+    "contains",
     "divide",
     "equal",
     "evaluate",
@@ -176,18 +177,24 @@ def atoms(dim: Dim) -> list[Poly]:
 
 def symbols(dim: Dim) -> list[Poly]:
     """The symbols in `dim`, each once, also those inside other atoms, in a reproducible order."""
-    found: dict[Poly, None] = {}
-    seen: set[Dim] = set()
+    return [poly for poly, atom in _nested_atoms(dim).items() if not atom.args]
+
+
+def contains(dim: Dim, atom: Poly) -> bool:
+    """Whether `atom` occurs in `dim`, also inside other atoms."""
+    return atom in _nested_atoms(dim)
+
+
+def _nested_atoms(dim: Dim) -> dict[Poly, Atom]:
+    found: dict[Poly, Atom] = {}
     work = [dim]
     while work:
         for poly in atoms(work.pop()):
             atom = atom_of(poly)
-            if atom is not None and poly not in seen:
-                seen.add(poly)
+            if atom is not None and poly not in found:
+                found[poly] = atom
                 work.extend(atom.args)
-                if not atom.args:
-                    found[poly] = None
-    return list(found)
+    return found
 
 
 def substitute(dim: Dim, mapping: Mapping[Poly, Dim]) -> Dim:

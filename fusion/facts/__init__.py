@@ -1,7 +1,9 @@
 """Facts about values: element type, shape, small integers, uniform numbers, constants, layouts.
 
 Facts are lazy: a question walks back through producers as far as it needs to, and every answer is kept. They hold in
-every run that succeeds. Nothing reads a payload above `SMALL_PAYLOAD` bytes, except `Facts.constant`, on demand.
+every run that succeeds, but for one thing: that a Reshape keeps the number of elements says nothing about the sizes of
+an empty tensor, and is used as if it did. Nothing reads a payload above `constants.SMALL_PAYLOAD` bytes, except
+`Facts.constant`, on demand.
 """
 
 from __future__ import annotations
@@ -120,8 +122,8 @@ class Facts:
 
         Two passes settle all that one can (the first may need what the second finds).
         """
-        if equalities.learn(self):
-            self._substituted.clear()
+        known = len(self._dims)
+        if equalities.learn(self) or len(self._dims) > known:
             for table in self._tables:
                 table.known.clear()
 
@@ -136,6 +138,16 @@ class Facts:
         for value in values:
             for table in (self._layouts, self._integers, self._numbers):
                 table.known.pop(value, None)
+
+    def assume(self, atom: Poly, value: Dim) -> None:
+        """Replace `atom` by `value` in every fact found from now on."""
+        equalities.close(self.equal, atom, value)
+        self._substituted.clear()
+
+    def not_negative(self, dim: Dim, scope: Scope) -> None:
+        """Note that `dim` is at least 0 wherever what runs in `scope` succeeds."""
+        if isinstance(dim, Poly) and scope.parent is None and lower(dim) < 0:  # a body may never run
+            self._dims.add(dim)
 
     def dim(self, dim: Dim) -> Dim:
         """`dim` with the learned equalities applied."""
@@ -209,8 +221,7 @@ class Facts:
         if dim is None or weight(dim) > _LARGE:
             dim = symbol(f"{self._prefix(value.scope)}{value.name}.{axis}", own=True)
         dim = self.dim(dim)
-        if isinstance(dim, Poly) and value.scope.parent is None and lower(dim) < 0:  # a body may never run
-            self._dims.add(dim)
+        self.not_negative(dim, value.scope)
         return dim
 
     def _prefix(self, scope: Scope) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fusion.facts import Facts
 
 
-def _spatial(node: Node, dims: Dims, kernel: Dims) -> list[Dim | None]:
+def _spatial(facts: Facts, node: Node, dims: Dims, kernel: Dims) -> list[Dim | None]:
     """The spatial dimensions a sliding window gives."""
     rank = len(dims) - 2
     strides = attribute_ints(node, "strides") or [1] * rank
@@ -29,7 +29,8 @@ def _spatial(node: Node, dims: Dims, kernel: Dims) -> list[Dim | None]:
         else:
             padding = 0 if auto == b"VALID" else around[axis] + around[axis + rank]
             reach = (size - 1) * dilation + 1
-            free = dim + padding - reach
+            free = facts.dim(dim + padding - reach)
+            facts.not_negative(free, node.scope)  # the window fits at least once
             if attribute_int(node, "ceil_mode") and divide(free, stride) is None:
                 result.append(None)  # whether a last window starts inside the padding differs between runtimes
             else:
@@ -43,7 +44,7 @@ def _conv(facts: Facts, node: Node, slot: int) -> Dims | None:
         return None if kernel is None else [None] * len(kernel)
     if kernel is None or len(kernel) != len(dims):
         return [dims[0], None, *[None] * (len(dims) - 2)]
-    return [dims[0], kernel[0], *_spatial(node, dims, kernel[2:])]
+    return [dims[0], kernel[0], *_spatial(facts, node, dims, kernel[2:])]
 
 
 def _conv_transpose(facts: Facts, node: Node, slot: int) -> Dims | None:
@@ -77,7 +78,7 @@ def _pool(facts: Facts, node: Node, slot: int) -> Dims | None:
     kernel = attribute_ints(node, "kernel_shape")
     if dims is None or kernel is None or len(kernel) != len(dims) - 2:
         return None if dims is None else [None] * len(dims)
-    return [*dims[:2], *_spatial(node, dims, kernel)]
+    return [*dims[:2], *_spatial(facts, node, dims, kernel)]
 
 
 def _global_pool(facts: Facts, node: Node, slot: int) -> Dims | None:
