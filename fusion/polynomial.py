@@ -248,7 +248,20 @@ def floordiv(a: Dim, b: Dim) -> Dim:
             whole, rest = whole + part, rest - part * b
     if isinstance(b, int):
         return whole + _divide_rest(rest, b)
-    return whole + (make_atom("//", "", (rest, b)) if rest != 0 else 0)
+    return whole + (_lowest_terms(rest, b) if rest != 0 else 0)
+
+
+def _lowest_terms(a: Dim, b: Poly) -> Dim:
+    """a // b without the numbers and atoms that divide every term of both."""
+    if isinstance(a, Poly):
+        both = a.terms + b.terms
+        common: list[Dim] = [_single(key) for key in b.terms[0][0] if all(key in mono for mono, _ in both)]
+        common.append(gcd(*(coefficient for _, coefficient in both)))
+        for factor in common:
+            over, under = divide(a, factor), divide(b, factor)
+            if factor != 1 and over is not None and under is not None:
+                return floordiv(over, under)
+    return make_atom("//", "", (a, b))
 
 
 def _divide_rest(rest: Dim, b: int) -> Dim:

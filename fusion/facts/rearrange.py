@@ -147,9 +147,10 @@ def _blocks(facts: Facts, node: Node, slot: int, data: Layout) -> Layout | None:
     n, c, h, w = data.source
     _, c_out, h_out, w_out = shape
     split: tuple[Dim, ...]
+    by_channel = attribute(node, "mode") == b"CRD"
     if node.op == "SpaceToDepth":
-        split, perm = (n, c, h_out, size, w_out, size), (0, 3, 5, 1, 2, 4)
-    elif attribute(node, "mode") == b"CRD":
+        split, perm = (n, c, h_out, size, w_out, size), (0, 1, 3, 5, 2, 4) if by_channel else (0, 3, 5, 1, 2, 4)
+    elif by_channel:
         split, perm = (n, c_out, size, size, h, w), (0, 1, 4, 2, 5, 3)
     else:
         split, perm = (n, size, size, c_out, h, w), (0, 3, 4, 1, 5, 2)
