@@ -7,7 +7,8 @@ body may never run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import gcd
+from itertools import product as cartesian
+from math import gcd, prod
 from typing import TYPE_CHECKING
 
 from fusion.dims import (
@@ -43,6 +44,9 @@ def learn(facts: Facts) -> bool:
                 _assume(facts, left, right, positive, nonempty=node.op == "Reshape")
     return len(facts.equal) > before
 
+
+_COMBINATIONS = 64
+"""How many ways to pick members of broadcasts are tried."""
 
 Equality = tuple["Dim | None", "Dim | None", "list[Dim]"]
 """Two equal sizes, and dimensions which are at least 1 wherever this succeeds."""
@@ -121,8 +125,11 @@ def _assume(facts: Facts, left: Dim | None, right: Dim | None, positive: list[Di
     if solved is None and nonempty:
         solved = _solve(_without_common_factors(reduced), derived=True)
     if solved is not None:
-        atom, value = solved
-        facts.assume(atom, value)
+        facts.assume(*solved)
+    elif nonempty:
+        picked = _picked(facts.dim(left), facts.dim(right)) or _picked(facts.dim(right), facts.dim(left))
+        for atom, value in picked.items():
+            facts.assume(atom, facts.dim(value))
 
 
 def _reduced(difference: Dim, positive: Iterable[Dim]) -> Dim:
@@ -147,6 +154,31 @@ def _without_common_factors(difference: Dim) -> Dim:
     for atom in shared[0] if shared else ():
         difference = divide(difference, atom) or difference
     return difference
+
+
+def _picked(product_of_broadcasts: Dim, count: Dim) -> dict[Poly, Dim]:
+    """What each broadcast equals, where picking one member of every broadcast gives the same count.
+
+    No broadcast is below a member of it, unless something is empty; so if one were above its pick, the count would be.
+    """
+    parts = terms(product_of_broadcasts)
+    if len(parts) != 1:
+        return {}
+    coefficient, factors = parts[0]
+    members = {factor: _members(factor) for factor in factors}
+    broadcasts = [factor for factor in factors if members[factor]]
+    rest = product((coefficient, *(factor for factor in factors if not members[factor])))
+    if not broadcasts or prod(len(members[factor]) for factor in broadcasts) > _COMBINATIONS:
+        return {}
+    for picks in cartesian(*(members[factor] for factor in broadcasts)):
+        if product((rest, *picks)) == count:
+            return dict(zip(broadcasts, picks, strict=True))
+    return {}
+
+
+def _members(dim: Poly) -> tuple[Dim, ...]:
+    atom = atom_of(dim)
+    return atom.args if atom is not None and atom.kind == "^" else ()
 
 
 def _solve(difference: Dim, derived: bool = False) -> tuple[Poly, Dim] | None:
