@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fusion.errors import ModelError
 
+ONNXRUNTIME, REFERENCE = "onnxruntime", "onnx reference"
 QUIET = 4  # onnxruntime's severity "fatal": what it refuses is raised, and said by us in one sentence
 
 
@@ -27,7 +28,7 @@ class Session:
     Attributes:
         inputs: names of the inputs that have to be fed.
         outputs: names of the outputs, in order.
-        engine: "onnxruntime" or "onnx reference".
+        engine: `ONNXRUNTIME` or `REFERENCE`.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Session:
             return
         try:
             self._native = _onnxruntime(source, optimized, threads)
-            self.engine = "onnxruntime"
+            self.engine = ONNXRUNTIME
             self.inputs = [i.name for i in self._native.get_inputs()]
             self.outputs = [o.name for o in self._native.get_outputs()]
         except ImportError:
@@ -64,7 +65,7 @@ class Session:
             self._reference = ReferenceEvaluator(str(source) if isinstance(source, Path) else source)
         except Exception as error:  # whatever a broken model makes the evaluator raise
             raise Refused(refusal or one_line(error)) from error
-        self.engine, self.refusal = "onnx reference", refusal
+        self.engine, self.refusal = REFERENCE, refusal
         weights = {t.name for t in getattr(self._reference.proto_, "graph", self._reference.proto_).initializer}
         self.inputs = [name for name in self._reference.input_names if name not in weights]
         self.outputs = list(self._reference.output_names)
@@ -115,7 +116,7 @@ def one_line(error: BaseException) -> str:
     """Return an exception's message as one short line, without the runtime's status codes and source places."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    text = re.sub(r"\S+\.(cc|h):\d+ ", "", text)
+    text = re.sub(r"\S+\.(cc|h):\d+ (\S+ onnxruntime::[\w:]+\(.*?\) )?", "", text)
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -8,8 +8,7 @@ be compared with another.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,11 +21,10 @@ from rich.table import Table
 
 from fusion.compare import Comparison, compare, worse
 from fusion.errors import ModelError
-from fusion.feeds import Feed, Feeder, Input, NothingRan, Values, declared_inputs
+from fusion.feeds import Feed, Feeder, NothingRan, declared_inputs
+from fusion.given import Inputs, given_feeds
 from fusion.model import Model, load
-from fusion.runtime import Refused, Session
-
-Inputs = str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+from fusion.runtime import REFERENCE, Refused, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +69,7 @@ class VerifyReport:
     Attributes:
         runs: input sets that went through both models.
         skipped: input sets that the first model refused.
+        unjudged: input sets on which only the first model could be run, and that not by onnxruntime.
         engines: what ran the first and the second model.
         differences: everything that differs, the declarations first; empty where the models are equal.
         outputs: one report per output of the first model.
@@ -78,6 +77,7 @@ class VerifyReport:
 
     runs: int = 0
     skipped: int = 0
+    unjudged: int = 0
     engines: tuple[str, str] = ("", "")
     differences: list[Difference] = field(default_factory=list)
     outputs: list[OutputReport] = field(default_factory=list)
@@ -123,9 +123,9 @@ class VerifyReport:
         console.print(self._verdict(), style="green" if self.equal else "bold red", markup=False, highlight=False)
 
     def _verdict(self) -> str:
-        tried = _count(self.runs, "input set") + (
-            f", {self.skipped} refused by the first model" if self.skipped else ""
-        )
+        tried = _count(self.runs, "input set")
+        tried += f", {self.skipped} refused by the first model" if self.skipped else ""
+        tried += f", {self.unjudged} that no runtime runs both models on" if self.unjudged else ""
         if self.equal:
             return f"equal: {_count(len(self.outputs), 'output')}, {tried}"
         if not self.differences:
@@ -166,7 +166,8 @@ def verify(
         The report. A model that the runtime refuses as `b` is a difference, not an error.
 
     Raises:
-        ModelError: `a` or `b` cannot be read, no runtime takes `a`, or no inputs were found that `a` takes.
+        ModelError: `a` or `b` cannot be read, no runtime takes `a`, no inputs were found that `a` takes, or onnxruntime
+            does not run `a` and the reference implementation does not run `b`.
     """
     first, second = load(a, validate=False), load(b, validate=False)  # the runtime is the judge
     report = VerifyReport(differences=_declarations(first.proto, second.proto))
@@ -176,11 +177,13 @@ def verify(
     try:
         session = Session(_runnable(second), optimized=optimized)
     except Refused as refusal:
+        if expected.engine == REFERENCE:
+            raise _incomparable(expected, refusal) from refusal
         report.differences.append(Difference("load", "", f"the second model does not load: {refusal}"))
         report.engines = (expected.engine, "")
         return report
     report.engines = (expected.engine, session.engine)
-    if session.refusal and not expected.refusal:
+    if session.refusal and expected.engine != REFERENCE:
         sentence = f"onnxruntime takes the first model and refuses the second: {session.refusal}"
         report.differences.append(Difference("load", "", sentence))
     precision = compute_precision(first.proto)
@@ -188,14 +191,19 @@ def verify(
     for done, (feed, results, again) in enumerate(expected.runs):
         if progress:
             progress(done, total)
-        report.runs += 1
         try:
             got = _run_second(session, second, feed, expected.engine)
-        except Refused as refusal:
-            report.differences.append(
-                Difference("refused", "", f"only the second model refuses: {refusal}", feed.label)
-            )
+        except Unjudged as refusal:
+            report.unjudged += 1
+            if report.unjudged == total:
+                raise _incomparable(expected, refusal) from refusal
             continue
+        except Refused as refusal:
+            report.runs += 1
+            sentence = f"only the second model refuses: {refusal}"
+            report.differences.append(Difference("refused", "", sentence, feed.label))
+            continue
+        report.runs += 1
         for output in report.outputs:
             if output.name in got:
                 compared = (results[output.name], again[output.name], got[output.name])
@@ -209,8 +217,27 @@ def verify(
     return report
 
 
+class Unjudged(Refused):
+    """onnxruntime runs neither model on these inputs, and the reference implementation not the second."""
+
+
+def _incomparable(expected: Expected, refusal: Refused) -> ModelError:
+    return ModelError(
+        f"onnxruntime does not run the first model ({expected.trouble}), and nothing runs the second ({refusal}): "
+        "they cannot be compared"
+    )
+
+
 class Expected:
-    """What the first model gives: it is run, twice for each input set, and let go before the second is loaded."""
+    """What the first model gives: it is run, twice for each input set, and let go before the second is loaded.
+
+    Attributes:
+        engine: what ran it.
+        trouble: why that was not onnxruntime.
+        outputs: names of its outputs.
+        runs: the input sets it took, with the results of both runs.
+        skipped: how many it refused.
+    """
 
     def __init__(
         self, model: Model, inputs: Inputs | None, runs: int, sizes: Mapping[str, int] | None, optimized: bool
@@ -218,17 +245,17 @@ class Expected:
         """Raise ModelError where the model does not load, or takes no inputs."""
         source = _runnable(model)
         session = Session(source, optimized=optimized)
+        self.trouble = session.refusal
         try:
             self._run(model, session, inputs, runs, sizes)
-        except NothingRan:
+        except NothingRan as nothing:
             # onnxruntime loads some models it then cannot run; the reference implementation may.
-            if session.engine == "onnx reference":
+            if session.engine == REFERENCE:
                 raise
-            refusal = session.refusal
+            self.trouble = str(nothing)
             session = Session(source, reference=True)
             self._run(model, session, inputs, runs, sizes)
-            session.refusal = refusal
-        self.engine, self.refusal, self.outputs = session.engine, session.refusal, session.outputs
+        self.engine, self.outputs = session.engine, session.outputs
 
     def _run(
         self, model: Model, session: Session, inputs: Inputs | None, runs: int, sizes: Mapping[str, int] | None
@@ -237,7 +264,9 @@ class Expected:
         self.skipped = 0
         refusal: Refused | None = None
         for feed in (
-            _given(inputs, model.proto, session) if inputs is not None else _drawn(model.proto, session, runs, sizes)
+            given_feeds(inputs, model.proto, session.inputs)
+            if inputs is not None
+            else _drawn(model.proto, session, runs, sizes)
         ):
             try:
                 self.runs.append((feed, session.run(feed.values), session.run(feed.values)))
@@ -267,56 +296,18 @@ def _run_second(session: Session, model: Model, feed: Feed, engine: str) -> Mapp
     values = {name: feed.values[name] for name in session.inputs if name in feed.values}
     try:
         return session.run(values)
-    except Refused:
+    except Refused as refusal:
         if engine == session.engine:
             raise
-    return Session(_runnable(model), reference=True).run(values)
+        try:
+            other = Session(_runnable(model), reference=True)
+        except Refused as unknown:
+            raise Unjudged(f"{refusal}; {unknown}") from unknown
+    return other.run(values)
 
 
 def _drawn(model: ModelProto, session: Session, runs: int, sizes: Mapping[str, int] | None) -> Iterable[Feed]:
     return islice(Feeder(declared_inputs(model), session.run, sizes), max(runs, 1))
-
-
-def _given(inputs: Inputs, model: ModelProto, session: Session) -> Iterable[Feed]:
-    if isinstance(inputs, str | os.PathLike):
-        label = os.fspath(inputs)
-        yield Feed(label, _take(_read_npz(Path(inputs)), model, session, label))
-        return
-    several = [inputs] if isinstance(inputs, Mapping) else inputs
-    for number, values in enumerate(several):
-        label = "given inputs" if len(several) == 1 else f"given inputs {number}"
-        yield Feed(label, _take(values, model, session, label))
-
-
-def _read_npz(path: Path) -> Values:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path}: not an .npz file of inputs ({error})") from error
-
-
-def _take(values: Mapping[str, Any], model: ModelProto, session: Session, label: str) -> Values:
-    if missing := [name for name in session.inputs if name not in values]:
-        raise ModelError(f"{label}: input {missing[0]!r} is missing; there are {', '.join(values) or 'none'}")
-    taken = {name: np.asarray(values[name]) if np.isscalar(values[name]) else values[name] for name in session.inputs}
-    for info in model.graph.input:
-        value = taken.get(info.name)
-        if isinstance(value, np.ndarray) and info.type.HasField("tensor_type"):
-            _fits(value, Input.declared(info), label)
-    return taken
-
-
-def _fits(value: np.ndarray[Any, Any], declared: Input, label: str) -> None:
-    if value.dtype != declared.dtype and declared.dtype.kind != "O":
-        raise ModelError(f"{label}: input {declared.name!r} is {value.dtype}, the model takes {declared.dtype}")
-    shape = declared.shape
-    if shape is None:
-        return
-    fixed = zip(value.shape, shape, strict=False)
-    if value.ndim != len(shape) or any(isinstance(d, int) and d != size for size, d in fixed):
-        wanted = f"[{', '.join(map(str, shape))}]"
-        raise ModelError(f"{label}: input {declared.name!r} has shape {list(value.shape)}, the model takes {wanted}")
 
 
 def _runnable(model: Model) -> Path | ModelProto:

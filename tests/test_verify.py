@@ -296,6 +296,17 @@ def test_what_onnxruntime_has_no_kernel_for_is_run_by_the_reference() -> None:
     assert report.engines == ("onnx reference", "onnx reference")
 
 
+def test_models_that_no_runtime_runs_both_cannot_be_compared() -> None:
+    """onnxruntime has no bfloat16 Erf: the reference runs the first, and does not know BiasGelu, in the second."""
+    text = "g (bfloat16[n] x) => (bfloat16[n] y) { y = Erf (x) }"
+    domains = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>'
+    fused = parser.parse_model(
+        f"{domains} g (bfloat16[n] x) => (bfloat16[n] y) {{ y = com.microsoft.BiasGelu (x, x) }}"
+    )
+    with pytest.raises(ModelError, match=r"onnxruntime does not run the first model .*: they cannot be compared"):
+        verify(model(text), fused)
+
+
 def test_types_that_numpy_does_not_know_go_through_onnxruntime() -> None:
     text = """g (bfloat16[n] x) => (bfloat16[n] y) { f = Cast <to = 1> (x) m = Neg (f) y = Cast <to = 16> (m) }"""
     report = verify(model(text), model(text))
