@@ -202,6 +202,8 @@ class Layout:
 
         None where it cannot be told whether an axis of the operand is 1 or full.
         """
+        if operand_shape == self.source:
+            return self
         missing = len(self.source) - len(operand_shape)
         if missing < 0:
             raise ValueError(f"an operand of {len(operand_shape)} axes does not broadcast to {len(self.source)}")

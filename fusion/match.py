@@ -122,7 +122,7 @@ class Matcher:
         for ref, letters in self._split(root):
             self.rank = len(ref.layout.axes)
             start = State({}, letters, {})
-            for state in self.product(self.plan.root, self.view.expand(ref), {}, start, value.name):
+            for state in self.child(self.plan.root, ref, {}, start):
                 self.limit = min(self.limit, state.unmet)
                 yield ref, state
 
@@ -188,12 +188,16 @@ class Matcher:
         single = term.single
         if isinstance(single, p.Var) and isinstance(given, Ref):
             yield from self.bind(single, given, context, state)
+        elif isinstance(single, p.Kept) and isinstance(given, Ref):
+            yield from self.kept(single, self.view.peel(given).ref, context, state)
         elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self._spine(single, context)):
             yield from spine.walk(given, 1.0, (), state)
         elif isinstance(given, Ref):
             captures_only = all(isinstance(atom, p.Var) for atom, _ in term.factors)
             opened = self.view.factor(given) if captures_only else self.view.expand(given)
             yield from self.product(term, opened, context, state, given.value.name)
+            if isinstance(single, Sum) and (grouped := ring.one_level(given, self.view)) not in (None, opened):
+                yield from self.product(term, grouped, context, state, given.value.name)
         else:
             yield from self.product(term, given, context, state, "")
 
@@ -328,10 +332,7 @@ class Matcher:
             yield from self._scaled(atom.product, given, context, state)
         elif isinstance(atom, p.Kept):
             if isinstance(given, Ref):
-                kept = state.copy()
-                kept.kept[atom.index] = given
-                for matched in self.child(atom.child, given, context, kept):
-                    yield matched, 1.0
+                yield from _unscaled(self.kept(atom, given, context, state))
         elif isinstance(atom, Sum):
             for term, scale in _sums(given, self.view):
                 yield from self._scale(self.sum(atom, term, context, state, _name(given)), scale)
@@ -371,6 +372,16 @@ class Matcher:
             return
         for matched in self.product(term, expanded, context, state, _name(given)):
             yield matched, 1.0
+
+    def kept(self, atom: p.Kept, given: Ref, context: Context, state: State) -> Iterator[State]:
+        """An interior value that is an output too: it must be a value of the graph, the same wherever it is used."""
+        known = state.kept.get(atom.index)
+        if known is not None and known.value is not given.value:
+            yield from self.miss(state, "same value", known.value.name, given.value.name, 1, given.value.name)
+            return
+        kept = state.copy()
+        kept.kept[atom.index] = given
+        yield from self.child(atom.child, given, context, kept)
 
     def operator(self, atom: p.Op, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """An elementwise operator with its attributes at their defaults."""
@@ -634,6 +645,8 @@ class Matcher:
         self, layout: Layout, dims: Dims | None, loose: frozenset[str], context: Context, state: State
     ) -> Layout | str:
         """The layout in the axes of a capture, or what keeps it from being so."""
+        if not context and not state.letters and dims == self.plan.dims == (ELLIPSIS,):
+            return layout
         order: list[int] = []
         spans: list[tuple[int, int]] = []
         for token in dims or (ELLIPSIS,):

@@ -86,6 +86,8 @@ class Plan:
         root: the normal form of its result.
         dims: axes of the result.
         anchors: for each mandatory part, the operators that may spell it; the rarest in a graph is the anchor.
+        operators: every operator that may spell a part.
+        height: how many of these may stand between an anchor and the root.
         weight: how many operators and captures the formula has.
     """
 
@@ -95,6 +97,8 @@ class Plan:
     captures: Mapping[str, Capture]
     kept: tuple[str, ...]
     anchors: tuple[frozenset[str], ...]
+    operators: frozenset[str]
+    height: int
     weight: int
 
     @property
@@ -112,7 +116,10 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
         root = builder.result()
         anchors = tuple(dict.fromkeys(_anchors(root)))
         plans.append(
-            Plan(pattern, root, pattern.dims, pattern.captures, builder.kept_names, anchors, weight(root))
+            Plan(
+                pattern, root, pattern.dims, pattern.captures, builder.kept_names, anchors,
+                frozenset().union(*anchors), max(0, _height(root) - 1), weight(root),
+            )  # fmt: skip
         )
         decisions = [choice for choice, _ in builder.taken]
         while decisions and decisions[-1] + 1 >= builder.taken[len(decisions) - 1][1]:
@@ -258,6 +265,15 @@ def weight(term: Prod) -> int:
         own = 0 if isinstance(atom, Group | Kept) else 1
         total += own + sum(weight(child) for child in children(atom))
     return total
+
+
+def _height(term: Prod) -> int:
+    """The longest chain of operators that are not arithmetic."""
+    tallest = 0
+    for atom, _ in term.factors:
+        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Fused) else 0
+        tallest = max([tallest, own, *(own + _height(child) for child in children(atom))])
+    return tallest
 
 
 def _anchors(term: Prod) -> Iterator[frozenset[str]]:

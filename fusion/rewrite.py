@@ -210,10 +210,8 @@ class Rewriter:
 
     def roots(self, plan: Plan, anchor: Node) -> list[Value]:
         """Values above an anchor that may be the pattern's result, outermost first."""
-        named = plan_operators(plan)
         reached: dict[Value, int] = {}
         stack = [(value, 0) for value in anchor.outputs[:1] if value is not None]
-        height = plan_height(plan)
         while stack and len(reached) < CLIMB:
             value, above = stack.pop(0)
             if value in reached:
@@ -223,7 +221,7 @@ class Rewriter:
                 continue
             for node in value.uses:
                 step = 0 if node.key in PASSING else 1
-                if (step and node.key not in named) or above + step > height or node.scope is not anchor.scope:
+                if (step and node.key not in plan.operators) or above + step > plan.height or node.scope is not anchor.scope:
                     continue
                 stack.extend((output, above + step) for output in node.outputs[:1] if output is not None)
         fits = [value for value in reached if self._may_be_root(plan, value)]
@@ -325,24 +323,6 @@ def plans_of(pattern: Pattern) -> list[Plan]:
     if known is None:
         known = _plans[id(pattern)] = (pattern, compile_pattern(pattern))
     return known[1]
-
-
-def plan_operators(plan: Plan) -> frozenset[str]:
-    """Every operator that may spell a part of the plan."""
-    return frozenset().union(*plan.anchors)
-
-
-def plan_height(plan: Plan) -> int:
-    """The largest number of formulas above a formula: how many named operators may stand between anchor and root."""
-
-    def height(term: p.Prod) -> int:
-        inner = 0
-        for atom, _ in term.factors:
-            own = 1 if isinstance(atom, p.Op | p.Mean | p.Softmax | p.MatMul | p.Fused) else 0
-            inner = max([inner, own, *(own + height(child) for child in p.children(atom))])
-        return inner
-
-    return max(0, height(plan.root) - 1)
 
 
 def _around(nodes: Iterable[Node]) -> set[Node]:

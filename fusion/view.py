@@ -23,6 +23,10 @@ MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 """Operators that a product or sum opens where their result is private."""
 
 
+DEPTH = 60
+"""How deep private arithmetic is opened; a chain of thousands of additions is no formula."""
+
+
 class Peeled(NamedTuple):
     """A reference followed through layouts and noise to the nearest value that is neither.
 
@@ -51,6 +55,7 @@ class View:
         self._peeled: dict[Ref, Peeled] = {}
         self._expanded: dict[Ref, Prod] = {}
         self._numbers: dict[Value, float | None] = {}
+        self._depth = 0
 
     def forget(self) -> None:
         """Drop what an edit of the graph may have changed."""
@@ -149,7 +154,13 @@ class View:
         """The term of a value, one level deep; a leaf where no law knows the operator."""
         known = self._expanded.get(ref)
         if known is None:
-            known = self._expand(ref)
+            if self._depth > DEPTH:
+                return leaf(self.peel(ref).ref)
+            self._depth += 1
+            try:
+                known = self._expand(ref)
+            finally:
+                self._depth -= 1
             self._expanded[ref] = known
         return known
 

@@ -81,7 +81,8 @@ class Facts:
 
     def shape(self, value: Value) -> tuple[Dim, ...] | None:
         """The dimensions; None where the rank is unknown. An unknown dimension is a symbol of its own."""
-        return self._ask(self._shapes, value)
+        known = self._shapes.known
+        return known[value] if value in known else self._ask(self._shapes, value)
 
     def rank(self, value: Value) -> int | None:
         """The number of dimensions."""
@@ -111,8 +112,10 @@ class Facts:
 
     def through(self, value: Value) -> tuple[Value, Layout] | None:
         """(data input, layout of `value` over it) where `value` is a rearrangement of one input; else None."""
+        if value.producer is None or value.producer.op not in rearrange.RULES:
+            return None
         layout = self._ask(self._layouts, value)
-        if layout is None or value.producer is None:
+        if layout is None:
             return None
         source = value.producer.inputs[0]
         return None if source is None else (source, layout)
