@@ -121,7 +121,9 @@ def _poly(terms: dict[Monomial, int]) -> Dim:
         found = Poly()
         found.terms, found._lower, found._upper = key, None, None
         atoms = {name for mono, _ in key for name in mono}
-        found.weight = len(key) + sum(sum(weight(arg) for arg in _atoms[name].args) for name in atoms)
+        found.weight = sum(len(mono) or 1 for mono, _ in key) + sum(
+            sum(weight(arg) for arg in _atoms[name].args) for name in atoms
+        )
         _polys[key] = found
     return found
 

@@ -28,8 +28,10 @@ def cut(facts: Facts, size: Dim, start: Dim | None, end: Dim | None, step: Dim |
     """(first index, length) of a slice of an axis of `size` elements; None for what cannot be told."""
     if not isinstance(step, int) or step == 0:
         return None, None
-    least, most = (0, size) if step > 0 else (-1, size - 1)
-    first, last = _clamped(facts, start, size, 0, most), _clamped(facts, end, size, least, most)
+    if step > 0:
+        first, last = _clamped(facts, start, size, 0, size), _clamped(facts, end, size, 0, size)
+    else:
+        first, last = _from_behind(facts, start, size), _clamped(facts, end, size, -1, size - 1)
     return first, None if first is None or last is None else count(facts, first, last, step)
 
 
@@ -45,6 +47,15 @@ def _clamped(facts: Facts, bound: Dim | None, size: Dim, least: Dim, most: Dim) 
         return maximum(bound + size, least)
     # -count from the end, which is the front where count is 0
     return size - tail(size, -bound) if facts.lower(-bound) >= 0 and (least, most) == (0, size) else None
+
+
+def _from_behind(facts: Facts, bound: Dim | None, size: Dim) -> Dim | None:
+    """Where a slice backwards starts. None before the front: the runtimes take one element there, or none."""
+    if bound is None:
+        return None
+    if facts.lower(bound) >= 0:
+        return size - 1 if isinstance(bound, int) and bound >= _FAR else minimum(bound, size - 1)
+    return bound + size if bound == -1 or (upper(bound) < 0 and facts.lower(bound + size) >= 0) else None
 
 
 def slice_bounds(facts: Facts, node: Node) -> dict[int, tuple[Dim | None, Dim | None, Dim | None]] | None:
