@@ -552,3 +552,12 @@ def test_dimensions_do_not_explode():
         nodes += [node("Add", f"m{i} s{i}", f"t{i}"), node("ConstantOfShape", f"t{i}", f"x{i + 1}")]
     facts = facts_of(nodes, {"x0": ["B", "S"]})
     assert facts.rank(value(facts, "x60")) == 2
+
+
+def test_a_normalisation_of_the_runtime_has_the_type_of_its_scale():
+    half = np.ones(4, np.float16)
+    facts = facts_of([node("SimplifiedLayerNormalization", "x g", "y", axis=-1)], {"x": ["B", 4]}, {"g": half})
+    assert facts.dtype(value(facts, "y")) == TensorProto.FLOAT16
+    old = facts_of([node("LayerNormalization", "x g g", "y m", axis=-1)], {"x": ["B", 4]}, {"g": half}, opset=13)
+    assert old.dtype(value(old, "y")) == TensorProto.FLOAT16
+    assert shape(old, "m") == (B, 1)

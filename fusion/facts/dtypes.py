@@ -57,6 +57,8 @@ def _computed(facts: Facts, node: Node, slot: int) -> int | None:
     if node.domain == "com.microsoft":
         if node.op == "EmbedLayerNormalization":
             return TensorProto.INT32 if slot == 1 else _of_input(facts, node, 2)
+        if node.op.startswith("Skip") and slot in (1, 2):  # statistics, in a type of their own
+            return None
         return _of_input(facts, node, 0) if node.op in _LIKE_INPUT else None
     if node.domain != "":
         return None
@@ -74,8 +76,9 @@ def _computed(facts: Facts, node: Node, slot: int) -> int | None:
     if any(item.name in ("dtype", "output_dtype") for item in node.proto.attribute):
         chosen = attribute(node, "dtype") or attribute(node, "output_dtype")
         return chosen if isinstance(chosen, int) and chosen else None
-    if node.op == "SimplifiedLayerNormalization":
-        return _of_input(facts, node, 0) if slot == 0 else None
+    if node.op == "SimplifiedLayerNormalization" or (node.op == "LayerNormalization" and node.version < 17):
+        # onnxruntime's own operators of the default domain: the result has the type of the scale.
+        return _of_input(facts, node, 1) if slot == 0 else None
     rules = _rules(node.op, node.version)
     if not rules:
         return None
