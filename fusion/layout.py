@@ -12,66 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from functools import lru_cache
 
-from fusion.dims import Dim, broadcast, divide, lower, product, stretched
+from fusion.dims import Dim, broadcast, lower, product, stretched
+from fusion.radix import Axis, Factor, decode, merge_neighbours, regroup
 from fusion.verdict import Verdict
 
-Factor: TypeAlias = tuple[int | None, Dim, Dim]
-Axis: TypeAlias = tuple[Factor, ...]
-
-
-def merge_neighbours(factors: Iterable[Factor]) -> Axis:
-    """The canonical form of one axis: no factor of size 1, neighbours that run on into each other merged."""
-    merged: list[Factor] = []
-    for factor in factors:
-        axis, stride, size = factor
-        if size == 1:
-            continue
-        if merged:
-            last_axis, last_stride, last_size = merged[-1]
-            if last_axis == axis and last_stride == stride * size:
-                merged[-1] = (axis, stride, last_size * size)
-                continue
-        merged.append(factor)
-    return tuple(merged)
-
-
-def regroup(factors: Iterable[Factor], sizes: Iterable[Dim]) -> list[Axis] | None:
-    """Cut a list of factors into groups of the given sizes, in order, splitting factors by exact division.
-
-    None where a cut is not provably exact, or the sizes do not use up the factors.
-
-    >>> regroup([(0, 1, 12)], [3, 4])
-    [((0, 4, 3),), ((0, 1, 4),)]
-    """
-    left = list(merge_neighbours(factors))[::-1]
-    groups: list[Axis] = []
-    for size in sizes:
-        need = size
-        group: list[Factor] = []
-        while need != 1:
-            if not left:
-                return None
-            axis, stride, n = left.pop()
-            rest = _quotient(need, n)
-            if rest is not None:
-                group.append((axis, stride, n))
-                need = rest
-                continue
-            rest = _quotient(n, need)
-            if rest is None:
-                return None
-            group.append((axis, stride * rest, need))
-            left.append((axis, stride, rest))
-            need = 1
-        groups.append(tuple(group))
-    return None if left else groups
-
-
-def _quotient(a: Dim, b: Dim) -> Dim | None:
-    """a / b; None where not exact, or where a is 0: a group of an empty axis has no size to go by."""
-    return None if a == 0 else divide(a, b)
+__all__ = ["Axis", "Factor", "Layout", "merge_neighbours", "regroup"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +82,7 @@ class Layout:
 
     def reshape(self, dims: Sequence[Dim]) -> Layout | None:
         """The row-major elements regrouped to these sizes."""
-        if tuple(dims) == self.shape:
-            return self
-        groups = regroup((factor for axis in self.axes for factor in axis), dims)
-        return None if groups is None else self._with_axes(groups)
+        return _reshape(self, tuple(dims))
 
     def expand(self, dims: Sequence[Dim]) -> Layout | None:
         """numpy broadcasting of this shape and `dims` against each other."""
@@ -161,7 +105,7 @@ class Layout:
 
     def slice(self, axis: int, start: Dim, length: Dim, step: int = 1) -> Layout | None:
         """`length` elements of `axis`: start, start + step, …"""
-        decoded = _decode(self.axes[axis], start, [] if length == 1 else [(axis, step, length)])
+        decoded = decode(self.axes[axis], start, [] if length == 1 else [(axis, step, length)])
         if decoded is None:
             return None
         factors = (factor for image in decoded[0] for factor in image)
@@ -182,20 +126,7 @@ class Layout:
         """
         if len(self.source) != len(inner.axes):
             raise ValueError(f"a layout over {len(self.source)} axes cannot read a value of {len(inner.axes)} axes")
-        moves: list[tuple[int, Dim]] = []
-        images: dict[Factor, list[Factor]] = {}
-        for axis, digits in enumerate(inner.axes):
-            parts = [factor for factors in self.axes for factor in factors if factor[0] == axis]
-            decoded = _decode(digits, self.offsets[axis], parts)
-            if decoded is None:
-                return None
-            images.update(zip(parts, decoded[0], strict=True))
-            moves += decoded[1]
-        axes = tuple(
-            merge_neighbours(image for factor in factors for image in images.get(factor, [factor]))
-            for factors in self.axes
-        )
-        return Layout(axes, inner._moved(moves), inner.source)
+        return _compose(self, inner)
 
     def broadcast_over(self, operand_shape: Sequence[Dim]) -> Layout | None:
         """self: coordinates to v, where v is elementwise in an operand of this shape. The layout over the operand.
@@ -204,21 +135,9 @@ class Layout:
         """
         if operand_shape == self.source:
             return self
-        missing = len(self.source) - len(operand_shape)
-        if missing < 0:
+        if len(operand_shape) > len(self.source):
             raise ValueError(f"an operand of {len(operand_shape)} axes does not broadcast to {len(self.source)}")
-        read = {axis for factors in self.axes for axis, _, _ in factors}
-        axis_of: list[int | None] = [None] * missing
-        for axis, (size, whole) in enumerate(zip(operand_shape, self.source[missing:], strict=True)):
-            if size == 1:
-                axis_of.append(None)
-            elif stretched(size, whole) is Verdict.NO:
-                axis_of.append(axis)
-            elif axis + missing not in read and self.offsets[axis + missing] == 0:
-                axis_of.append(axis)  # only index 0 is read, which is right for either size
-            else:
-                return None
-        return self.remap(operand_shape, axis_of)
+        return _broadcast_over(self, tuple(operand_shape))
 
     def remap(self, source: Sequence[Dim], axis_of: Sequence[int | None], extra: Iterable[int] = ()) -> Layout:
         """Rename source axes: `axis_of[i]` is the new number of axis i, None where it is only broadcast from now on.
@@ -278,6 +197,52 @@ class Layout:
         return Layout(tuple(merge_neighbours(factors) for factors in axes), self.offsets, self.source)
 
 
+# Layers repeat: what was worked out for one serves all. The caches are bounded, and their keys are plain data.
+
+
+@lru_cache(maxsize=8192)
+def _reshape(layout: Layout, dims: tuple[Dim, ...]) -> Layout | None:
+    if dims == layout.shape:
+        return layout
+    groups = regroup((factor for axis in layout.axes for factor in axis), dims)
+    return None if groups is None else layout._with_axes(groups)
+
+
+@lru_cache(maxsize=8192)
+def _compose(outer: Layout, inner: Layout) -> Layout | None:
+    moves: list[tuple[int, Dim]] = []
+    images: dict[Factor, list[Factor]] = {}
+    for axis, digits in enumerate(inner.axes):
+        parts = [factor for factors in outer.axes for factor in factors if factor[0] == axis]
+        decoded = decode(digits, outer.offsets[axis], parts)
+        if decoded is None:
+            return None
+        images.update(zip(parts, decoded[0], strict=True))
+        moves += decoded[1]
+    axes = tuple(
+        merge_neighbours(image for factor in factors for image in images.get(factor, [factor]))
+        for factors in outer.axes
+    )
+    return Layout(axes, inner._moved(moves), inner.source)
+
+
+@lru_cache(maxsize=8192)
+def _broadcast_over(layout: Layout, operand: tuple[Dim, ...]) -> Layout | None:
+    missing = len(layout.source) - len(operand)
+    read = {axis for factors in layout.axes for axis, _, _ in factors}
+    axis_of: list[int | None] = [None] * missing
+    for axis, (size, whole) in enumerate(zip(operand, layout.source[missing:], strict=True)):
+        if size == 1:
+            axis_of.append(None)
+        elif stretched(size, whole) is Verdict.NO:
+            axis_of.append(axis)
+        elif axis + missing not in read and layout.offsets[axis + missing] == 0:
+            axis_of.append(axis)  # only index 0 is read, which is right for either size
+        else:
+            return None
+    return layout.remap(operand, axis_of)
+
+
 def _size(factors: Axis) -> Dim:
     if len(factors) == 1:
         return factors[0][2]
@@ -302,108 +267,3 @@ def _expand(factors: Axis, size: Dim) -> Axis | None:
         return None
     axis, stride, _ = factors[0]
     return ((axis, stride, result),) if len(factors) == 1 else factors
-
-
-Decoded: TypeAlias = tuple[list[list[Factor]], list[tuple[int, Dim]]]
-"""What each factor becomes, and how far the offsets of source axes move."""
-
-
-def _decode(digits: Axis, offset: Dim, parts: Sequence[Factor]) -> Decoded | None:
-    """Read `offset + sum of (factor index * stride)` in the mixed radix whose digits are `digits`.
-
-    None where a part cannot be told apart into digits, or digits might carry.
-    """
-    if not digits:
-        return ([[] for _ in parts], []) if offset == 0 and not parts else None
-    if len(digits) == 1:  # linear, whatever the offset and the strides
-        axis, stride, _ = digits[0]
-        if axis is None:
-            return [[(None, 0, size)] for _, _, size in parts], []
-        return [[(axis, stride * step, size)] for _, step, size in parts], [(axis, stride * offset)]
-    place = product(size for _, _, size in digits[1:])
-    high: list[list[Factor]] = []
-    low: list[list[Factor]] = []
-    for part in parts:
-        cut = _straddle(part, place)
-        if cut is None:
-            return None
-        high.append(cut[0])
-        low.append(cut[1])
-    below = [factor for group in low for factor in group]
-    split = _split_offset(offset, below, place)
-    if split is None:
-        return None
-    upper_digit = _decode(digits[:1], split[0], [factor for group in high for factor in group])
-    lower_digits = _decode(digits[1:], split[1], below)
-    if upper_digit is None or lower_digits is None:
-        return None
-    upper_images, lower_images = iter(upper_digit[0]), iter(lower_digits[0])
-    images = []
-    for above, under in zip(high, low, strict=True):
-        image = [factor for _ in above for factor in next(upper_images)]
-        image += [factor for _ in under for factor in next(lower_images)]
-        images.append(image)
-    return images, upper_digit[1] + lower_digits[1]
-
-
-def _straddle(part: Factor, place: Dim) -> tuple[list[Factor], list[Factor]] | None:
-    """Cut a factor into what counts multiples of `place` (in units of it) and what stays below; None if neither."""
-    axis, stride, size = part
-    above = divide(stride, place)
-    if above is not None:
-        return [(axis, above, size)], []
-    backwards = _is_negative(stride)
-    step = -stride if backwards else stride
-    if lower(step) < 0:
-        return None
-    if divide(place, step * size) is not None or lower(place - 1 - step * (size - 1)) >= 0:
-        return [], [part]
-    within = divide(place, step)
-    blocks = None if within is None else divide(size, within)
-    if within is None or blocks is None:
-        return None
-    return [(axis, -1 if backwards else 1, blocks)], [(axis, stride, within)]
-
-
-def _is_negative(stride: Dim) -> bool:
-    return isinstance(stride, int) and stride < 0
-
-
-def _split_offset(offset: Dim, low: Sequence[Factor], place: Dim) -> tuple[Dim, Dim] | None:
-    """(multiple of `place`, rest) such that the rest and all of `low` together stay in 0..place-1; None if unproved."""
-    least: Dim = 0
-    most: Dim = 0
-    for _, stride, size in low:
-        if _is_negative(stride):
-            least = least + stride * (size - 1)
-        else:
-            most = most + stride * (size - 1)
-    if place == 0:
-        return None
-    if isinstance(offset, int) and isinstance(place, int) and isinstance(most, int) and isinstance(least, int):
-        block = (offset + least) // place
-        rest = offset - block * place
-        return (block, rest) if rest + most < place else None
-    exact = divide(offset, place)
-    if exact is not None and least == 0 and _nested(low, place):
-        return exact, 0
-    start: Dim = 0 if exact is None else exact * place
-    if lower(offset + least - start) >= 0 and lower(start + place - 1 - offset - most) >= 0:
-        return 0 if exact is None else exact, offset - start
-    return None
-
-
-def _nested(parts: Sequence[Factor], place: Dim) -> bool:
-    """Whether all factors can be ordered so that each runs inside one step of the one before: no sum carries then."""
-    outer = place
-    left = list(parts)
-    while left:
-        for i, (_, stride, size) in enumerate(left):
-            others = left[:i] + left[i + 1 :]
-            fits = divide(outer, stride * size) is not None
-            if fits and all(divide(stride, inner * n) is not None for _, inner, n in others):
-                outer, left = stride, others
-                break
-        else:
-            return False
-    return True
