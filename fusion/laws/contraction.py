@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING
 
 from fusion.dims import Dim, equal
 from fusion.schema import attribute
+from fusion.spell_layout import arrange
 from fusion.terms import Contract, Item, Prod, Ref, add, leaf
 from fusion.verdict import Verdict
 
 if TYPE_CHECKING:
-    from fusion.graph import Node, Value
+    from fusion.graph import Node
+    from fusion.plan import MatMul
+    from fusion.spell import Speller
+    from fusion.terms import Sum
     from fusion.view import View
+    from fusion.writer import Axes, Group, Written
 
 OPERATORS = frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul"})
 
@@ -68,3 +73,100 @@ def _align(shape: tuple[Dim, ...], out: tuple[Dim, ...]) -> list[int | None] | N
         else:
             return None
     return aligned
+
+
+# -- spelling ---------------------------------------------------------------------------------------------------------
+
+
+def spell(atom: MatMul, coef: float, speller: Speller) -> tuple[Written, float]:
+    """Write a contraction with MatMul or Gemm; a number may go to an operand, or its square root to both.
+
+    Returns:
+        The value, and the number that is still to be multiplied.
+    """
+    draw = speller.draw
+    (label,) = speller.labels(atom.letters)
+    left, right = speller.value(atom.left), speller.value(atom.right)
+    if coef != 1.0 and not speller.is_shared(atom):
+        place = draw.choose("after", "left", "right", "both")
+        if place == "both" and coef > 0:
+            left, right, coef = speller.scaled(left, coef**0.5), speller.scaled(right, coef**0.5), 1.0
+        elif place == "left":
+            left, coef = speller.scaled(left, coef), 1.0
+        elif place == "right":
+            right, coef = speller.scaled(right, coef), 1.0
+    batch = tuple(own for own in left.labels if own in right.labels and own != label)
+    if batch:
+        return _batched(left, right, label, batch, speller), coef
+    if draw.chance(4):
+        written, own = _gemm(left, right, label, speller, coef=coef)
+        return written, coef / own
+    return _projected(left, right, label, speller), coef
+
+
+def _projected(left: Written, right: Written, label: str, speller: Speller) -> Written:
+    """No axis is in both: (…, label) times (label, columns)."""
+    columns: Group = tuple(own for own in right.labels if own != label)
+    rows = _rows(left, label)
+    left = arrange(speller.writer, left, (*rows, (label,)))
+    right = arrange(speller.writer, right, ((label,), columns))
+    return speller.writer.node("MatMul", [left, right], (*rows, columns))
+
+
+def _batched(left: Written, right: Written, label: str, batch: tuple[str, ...], speller: Speller) -> Written:
+    """Axes in both are batch axes, of a product of any rank: merged into one, or side by side."""
+    draw, writer = speller.draw, speller.writer
+    if draw.chance(8):
+        left, right = right, left
+    rows = [own for own in left.labels if own not in (*batch, label)]
+    columns = tuple(own for own in right.labels if own not in (*batch, label))
+    extra, row = tuple((own,) for own in rows[:-1]), tuple(rows[-1:])
+    groups: Axes = (batch,) if len(batch) > 1 and draw.chance(3) else tuple((own,) for own in batch)
+    front = (*groups, *extra)
+    left = arrange(writer, left, (*front, row, (label,)))
+    right = arrange(writer, right, (*groups, *(((),) * len(extra)), (label,), columns))
+    return writer.node("MatMul", [left, right], (*front, row, columns))
+
+
+def spell_gemm(term: Sum, speller: Speller) -> Written | None:
+    """Write a contraction plus one summand along its columns as one Gemm, now and then; None otherwise."""
+    if not speller.draw.chance(3):
+        return None
+    for item, other in (term.items, term.items[::-1]):
+        atom = speller.contraction_of(item)
+        if atom is None or other.coef != 1.0:
+            continue
+        (label,) = speller.labels(atom.letters)
+        addend = speller.variable_of(other)
+        rows, columns = speller.labels_in(atom.left), speller.labels_in(atom.right) - {label}
+        if addend is None or rows & columns or len(addend.axes) != 1 or set(addend.labels) != columns:
+            return None
+        left, right = speller.value(atom.left), speller.value(atom.right)
+        return _gemm(left, right, label, speller, addend=addend, coef=item.coef)[0]
+    return None
+
+
+def _gemm(
+    left: Written, right: Written, label: str, speller: Speller, *, addend: Written | None = None, coef: float = 1.0
+) -> tuple[Written, float]:
+    """A Gemm of operands brought to two axes; return it, with its axes as they were, and the number it took in."""
+    draw, writer = speller.draw, speller.writer
+    rows = _rows(left, label)
+    flat: Group = tuple(own for group in rows for own in group)
+    columns: Group = addend.axes[0] if addend is not None else tuple(own for own in right.labels if own != label)
+    swap_left, swap_right = draw.chance(6), draw.choose(False, True)
+    if right.axes == (columns, (label,)):
+        swap_right = True
+    left = arrange(writer, left, ((label,), flat) if swap_left else (flat, (label,)))
+    right = arrange(writer, right, (columns, (label,)) if swap_right else ((label,), columns))
+    alpha = coef if addend is not None or draw.choose(True, False) else 1.0
+    operands = [left, right] if addend is None else [left, right, addend]
+    swapped = {"transA": int(swap_left) or None, "transB": int(swap_right) or None}
+    made = writer.node("Gemm", operands, (flat, columns), **swapped, alpha=None if alpha == 1.0 else alpha)
+    return arrange(writer, made, (*rows, columns)), alpha
+
+
+def _rows(left: Written, label: str) -> Axes:
+    """The axes of a left operand without the label that is contracted."""
+    groups = (tuple(own for own in group if own != label) for group in left.axes)
+    return tuple(group for own, group in zip(left.axes, groups, strict=True) if group or not own)

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from onnx import TensorProto
+
+from fusion.laws import reduction
+from fusion.spell_layout import arrange
+
 if TYPE_CHECKING:
     from fusion.facts import Facts
     from fusion.graph import Node, Value
+    from fusion.plan import Softmax
+    from fusion.spell import Beside, Speller
+    from fusion.writer import Written
 
 
 def guarded(node: Node, facts: Facts) -> Value | None:
@@ -31,3 +39,39 @@ def is_private(node: Node, value: Value) -> bool:
     if value.is_output or condition is None or test is None:
         return False
     return set(value.uses) <= {node, test} and condition.only_use is node
+
+
+# -- spelling ---------------------------------------------------------------------------------------------------------
+
+
+def spell(atom: Softmax, speller: Speller) -> Written:
+    """Write a softmax, with what exporters write around it: the maximum subtracted before, NaN replaced after."""
+    draw, writer = speller.draw, speller.writer
+    (label,) = speller.labels(atom.letters)
+    scores = speller.value(atom.child)
+    axis = next((index for index, group in enumerate(scores.axes) if group == (label,)), None)
+    # Below opset 13 a softmax flattens from its axis on, so only the last one is the axis alone.
+    if axis is None or (axis != len(scores.axes) - 1 and writer.opset < 13):
+        others = [group for group in scores.axes if label not in group]
+        scores = arrange(writer, scores, (*others, (label,)))
+        axis = len(scores.axes) - 1
+    if draw.chance(6):
+        scores = speller.elementwise("Sub", scores, reduction.reduce("ReduceMax", scores, (label,), speller))
+    absent = writer.opset >= 13 and axis == len(scores.axes) - 1 and draw.chance(3)
+    (given,) = writer.signed([axis], len(scores.axes))
+    result = writer.node("Softmax", [scores], scores.axes, axis=None if absent else given)
+    if not speller.may_guard():
+        return result
+    test = writer.node("IsNaN", [result], result.axes, dtype=TensorProto.BOOL)
+    zero = writer.number(0.0, len(result.axes), result.dtype)
+    return writer.node("Where", [test, zero, result], result.axes, dtype=result.dtype)
+
+
+def spell_beside(scores: Written, entry: Beside, speller: Speller) -> Written:
+    """Write one part of a `rest` capture around scores: added, or masked out."""
+    if entry.fill is None:
+        operands = (scores, entry.value) if speller.draw.choose(True, False) else (entry.value, scores)
+        return speller.elementwise("Add", *operands)
+    fill = speller.writer.number(entry.fill, len(scores.axes), scores.dtype)
+    choices = (scores, fill) if entry.keep else (fill, scores)
+    return speller.elementwise("Where", entry.value, *choices, dtype=scores.dtype)

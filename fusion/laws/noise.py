@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 
 from onnx import TensorProto
 
+from fusion.spell_layout import reshape, transpose
+
 if TYPE_CHECKING:
     from fusion.facts import Facts
     from fusion.graph import Node, Value
+    from fusion.spell import Speller
+    from fusion.writer import Written
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
 
@@ -29,6 +33,27 @@ def crossed(node: Node, value: Value, facts: Facts) -> Value | None:
             return source
         return None
     if node.op in ("Cast", "CastLike") and source is not None:
-        if facts.dtype(source) in FLOATS and facts.dtype(value) in FLOATS:
-            return source
+        return source if facts.dtype(source) in FLOATS and facts.dtype(value) in FLOATS else None
     return None
+
+
+def spell(value: Written, speller: Speller) -> Written:
+    """Write, now and then, something after `value` that changes nothing."""
+    if not speller.noisy or not speller.draw.chance(speller.noisy):
+        return value
+    draw, writer = speller.draw, speller.writer
+    kind = draw.choose("Identity", "Dropout", "Cast", "Transpose", "Reshape")
+    if kind == "Identity":
+        return writer.node("Identity", [value], value.axes)
+    if kind == "Dropout":
+        rate = {"ratio": 0.1} if writer.opset < 12 else {}
+        return writer.node("Dropout", [value], value.axes, **rate)
+    if kind == "Cast":
+        there = writer.node("Cast", [value], value.axes, dtype=TensorProto.DOUBLE, to=TensorProto.DOUBLE)
+        return writer.node("Cast", [there], value.axes, dtype=value.dtype, to=value.dtype)
+    if kind == "Transpose" and len(value.axes) > 1:
+        order = draw.shuffled(range(len(value.axes)))[::-1]
+        there = transpose(writer, value, order)
+        return transpose(writer, there, [order.index(axis) for axis in range(len(order))])
+    there = reshape(writer, value, (*value.axes, ()))
+    return reshape(writer, there, value.axes)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fusion.dims import product
+from fusion.laws import powers
 from fusion.schema import attribute, axes
+from fusion.spell_layout import arrange, ones
 from fusion.terms import Prod, Reduce, Ref, leaf, multiply, number, power
 
 if TYPE_CHECKING:
     from fusion.graph import Node
+    from fusion.plan import Mean
+    from fusion.spell import Speller
     from fusion.view import View
+    from fusion.writer import Axes, Written
 
 OPERATORS = frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceMax"})
 
@@ -52,3 +57,53 @@ def lift(node: Node, ref: Ref, view: View) -> tuple[Ref, int] | None:
     else:
         axis_of = [None if axis in reduced else axis for axis in range(len(shape))]
     return Ref(value, ref.layout.remap(shape, axis_of, extra=sorted(reduced))), len(reduced)
+
+
+# -- spelling ---------------------------------------------------------------------------------------------------------
+
+
+def spell(atom: Mean, speller: Speller) -> Written:
+    """Write a mean as ReduceMean, or as a sum, sum of squares or squared norm over the count where that is known."""
+    draw, writer = speller.draw, speller.writer
+    labels = speller.labels(atom.letters)
+    count = writer.extent(labels)
+    term = atom.child
+    squared = len(term.factors) == 1 and term.factors[0][1] == 2.0 and term.coef == 1.0
+    if count is None or not draw.chance(4):
+        return reduce("ReduceMean", speller.value(term), labels, speller)
+    if squared and draw.choose(True, False):
+        base = speller.atom(term.factors[0][0])[0]
+        norm = draw.choose("ReduceSumSquare", "ReduceL2")
+        total = reduce(norm, base, labels, speller)
+        if norm == "ReduceL2":
+            total = powers.spell(total, 2.0, speller)
+    else:
+        total = reduce("ReduceSum", speller.value(term), labels, speller)
+    return speller.scaled(total, 1.0 / count)
+
+
+def reduce(op: str, value: Written, labels: tuple[str, ...], speller: Speller) -> Written:
+    """Write a reduction over axes, which stay with size 1: kept, or dropped and inserted again."""
+    writer = speller.writer
+    groups = [(label,) for label in labels]
+    if not set(groups) <= set(value.axes):
+        value = arrange(writer, value, tuple((label,) for label in value.labels))
+    reduced = [value.axes.index(group) for group in groups]
+    if reduced != sorted(reduced):
+        # The axes a mean runs over are read in the order in which they lie.
+        places, ordered = iter(groups), sorted(reduced)
+        axes = tuple(next(places) if axis in ordered else group for axis, group in enumerate(value.axes))
+        value, reduced = arrange(writer, value, axes), ordered
+    return _reduced(op, value, reduced, _single(value.axes, reduced), speller)
+
+
+def _reduced(op: str, value: Written, reduced: list[int], kept: Axes, speller: Speller) -> Written:
+    writer = speller.writer
+    if not speller.draw.chance(4):
+        return writer.along(op, value, reduced, kept, keepdims=speller.draw.choose(None, 1))
+    dropped = tuple(group for axis, group in enumerate(value.axes) if axis not in reduced)
+    return ones(writer, writer.along(op, value, reduced, dropped, keepdims=0), kept)
+
+
+def _single(axes: Axes, reduced: list[int]) -> Axes:
+    return tuple(() if axis in reduced else group for axis, group in enumerate(axes))
