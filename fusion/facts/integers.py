@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from fusion.dims import Dim
+from fusion.graph import Node
+
+if TYPE_CHECKING:
+    from fusion.facts import Facts
 
 Item: TypeAlias = "Dim | bool | None"
 Items: TypeAlias = np.ndarray[Any, Any]
@@ -58,3 +62,15 @@ def objects(items: Iterable[object]) -> Items:
     array = np.empty(len(listed), dtype=object)
     array[:] = listed
     return array
+
+
+Shape: TypeAlias = tuple[int, ...]
+Rule: TypeAlias = Callable[["Facts", Node, int, Shape], "Items | None"]
+"""The facts, the node, the output slot, the shape of the result → its elements; None where nothing is known."""
+
+
+def input_items(facts: Facts, node: Node, slot: int) -> Items | None:
+    """The elements of an input; None where nothing is known of them."""
+    value = node.input(slot)
+    found = None if value is None else facts.integers(value)
+    return None if found is None else found.array

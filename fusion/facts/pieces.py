@@ -149,7 +149,7 @@ def _concat(facts: Facts, node: Node, slot: int) -> Dims | None:
         return [None] * len(result)
     total: Dim | None = 0 if len(known) == len(found) else None
     for dims in known:
-        part = dims[along[0]]
+        part = dims[along[0]] if len(dims) == len(result) else None
         total = None if total is None or part is None else total + part
     result[along[0]] = total
     return result

@@ -123,7 +123,7 @@ def _transpose(facts: Facts, node: Node, slot: int) -> Dims | None:
     if dims is None:
         return None if perm is None else [None] * len(perm)
     order = perm if perm is not None else range(len(dims))[::-1]
-    return [dims[axis] for axis in order] if len(order) == len(dims) else None
+    return [dims[axis] for axis in order] if sorted(order) == list(range(len(dims))) else None
 
 
 def _unsqueeze(facts: Facts, node: Node, slot: int) -> Dims | None:
