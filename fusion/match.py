@@ -21,7 +21,7 @@ from fusion.laws import linear, ring
 from fusion.layout import Layout
 from fusion.plan import Plan
 from fusion.schema import attribute, extra_attributes
-from fusion.terms import Atom, Contract, Group, Item, Prod, Reduce, Ref, Sum
+from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref, Sum
 from fusion.verdict import Verdict
 from fusion.view import View
 
@@ -105,8 +105,10 @@ class Matcher:
         self.record = record
         self.steps = 0
         self.rank = 0
-        self.tolerance = 1e-5
         self.limit = 0
+        self._root: Value | None = None
+        self._tolerance = 0.0
+        self._arity: dict[int, tuple[Factors, tuple[int, int]]] = {}
 
     def match(self, value: Value) -> Iterator[tuple[Ref, State]]:
         """Yield the ways the plan matches at `value`: its reference with the axes split as the result names them."""
@@ -117,7 +119,7 @@ class Matcher:
                                      value.name, Verdict.UNKNOWN):
                 yield Ref(value, Layout.identity(())), missed
             return
-        self.tolerance = TOLERANCE.get(self.view.facts.dtype(value) or 0, 1e-5)
+        self._root, self._tolerance = value, 0.0
         self.steps, self.limit = 0, self.plan.weight
         for ref, letters in self._split(root):
             self.rank = len(ref.layout.axes)
@@ -179,7 +181,12 @@ class Matcher:
         yield missed
 
     def _close(self, expected: float, found: float) -> bool:
-        return math.isclose(expected, found, rel_tol=self.tolerance, abs_tol=1e-12)
+        if expected == found:
+            return True
+        if not self._tolerance:
+            dtype = self.view.facts.dtype(self._root) if self._root is not None else None
+            self._tolerance = TOLERANCE.get(dtype or 0, 1e-5)
+        return math.isclose(expected, found, rel_tol=self._tolerance, abs_tol=1e-12)
 
     # -- products ---------------------------------------------------------------------------------------------------
 
@@ -208,6 +215,8 @@ class Matcher:
             core = self._core(single)
             if core is not None:
                 yield from self.product(Prod(core.coef, core.factors), given, context, state, place)
+        if not self.record and not self._may_fit(term, given):
+            return
         scalar: tuple[str, float] | None = None
         variables: list[tuple[p.Var, float]] = []
         formulas: list[tuple[Atom, float]] = []
@@ -225,6 +234,18 @@ class Matcher:
             rest, matched = found
             for done in self._variables(variables, rest, context, matched, place):
                 yield from self._coefficient(term.coef, scalar, given.coef * scale, done, place)
+
+    def _may_fit(self, term: Prod, given: Prod) -> bool:
+        """Whether the numbers of factors can agree: a cheap question that rules out most places."""
+        known = self._arity.get(id(term.factors))
+        if known is not None:
+            limits = known[1]
+        else:
+            kinds = [self.plan.captures[a.name].kind for a, _ in term.factors if isinstance(a, p.Var)]
+            formulas = len(term.factors) - len(kinds)
+            limits = formulas + kinds.count("tensor"), formulas + len(kinds) - kinds.count("scalar")
+            self._arity[id(term.factors)] = term.factors, limits
+        return limits[0] <= len(given.factors) <= limits[1]
 
     def _formulas(
         self,

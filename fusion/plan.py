@@ -89,6 +89,7 @@ class Plan:
         operators: every operator that may spell a part.
         height: how many of these may stand between an anchor and the root.
         weight: how many operators and captures the formula has.
+        refines: the pattern that the result is a call of, opened: it matches wherever this plan does.
     """
 
     pattern: Pattern
@@ -100,6 +101,7 @@ class Plan:
     operators: frozenset[str]
     height: int
     weight: int
+    refines: Pattern | None
 
     @property
     def is_grouped(self) -> bool:
@@ -118,7 +120,7 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
         plans.append(
             Plan(
                 pattern, root, pattern.dims, pattern.captures, builder.kept_names, anchors,
-                frozenset().union(*anchors), max(0, _height(root) - 1), weight(root),
+                frozenset().union(*anchors), max(0, _height(root) - 1), weight(root), builder.refines,
             )  # fmt: skip
         )
         decisions = [choice for choice, _ in builder.taken]
@@ -137,6 +139,7 @@ class _Builder:
         self.decisions = decisions
         self.taken: list[tuple[int, int]] = []
         self.memo: dict[tuple[int, int], Prod] = {}
+        self.refines: Pattern | None = None
         self.kept = {id(expr.args[0]): index for index, expr in enumerate(pattern.kept)}
         self.kept_names = tuple(expr.args[0].name or f"kept{index}" for index, expr in enumerate(pattern.kept))
 
@@ -205,6 +208,8 @@ class _Builder:
         }
         callee = call.pattern
         fused = bool(callee.readers) and self.decide(2) == 1
+        if expr is self.pattern.result and not fused:
+            self.refines = callee
         arguments: dict[str, Prod | None] = {
             name: None if argument is None else self.factor(argument, frame) for name, argument in call.arguments.items()
         }
@@ -277,18 +282,20 @@ def _height(term: Prod) -> int:
 
 
 def _anchors(term: Prod) -> Iterator[frozenset[str]]:
-    for atom, exponent in term.factors:
-        if isinstance(atom, Op):
-            yield frozenset({atom.name})
-        elif isinstance(atom, Mean):
-            yield SPELLINGS["mean"]
-        elif isinstance(atom, Softmax):
-            yield SPELLINGS["softmax"]
-        elif isinstance(atom, MatMul):
-            yield SPELLINGS["matmul"]
-        elif isinstance(atom, Fused):
-            yield frozenset(atom.pattern.readers)
-        if exponent in (0.5, -0.5):
-            yield SPELLINGS["root"]
-        for child in children(atom):
-            yield from _anchors(child)
+    """The parts of a formula that an operator of their own must spell, those next to the root first."""
+    level = [term]
+    while level:
+        for atom, exponent in (factor for current in level for factor in current.factors):
+            if exponent in (0.5, -0.5):
+                yield SPELLINGS["root"]
+            if isinstance(atom, Op):
+                yield frozenset({atom.name})
+            elif isinstance(atom, Mean):
+                yield SPELLINGS["mean"]
+            elif isinstance(atom, Softmax):
+                yield SPELLINGS["softmax"]
+            elif isinstance(atom, MatMul):
+                yield SPELLINGS["matmul"]
+            elif isinstance(atom, Fused):
+                yield frozenset(atom.pattern.readers)
+        level = [child for current in level for atom, _ in current.factors for child in children(atom)]

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from fusion import plan as p
 from fusion.apply import apply
@@ -26,8 +27,10 @@ from fusion.view import MERGED, View
 
 SWEEPS = 8
 """Upper bound of the fixpoint; rules shrink the graph, so it is rarely more than two."""
-CLIMB = 40
-"""How many values above an anchor are considered as roots."""
+CLIMB, DISTANCE = 40, 10
+"""How many values above an anchor are considered as roots, and across how much arithmetic."""
+CHOICES = 8
+"""How many ways to match at one root are tried where an emission refuses the first."""
 NEAR = 6
 """How far around a change anchors are tried again."""
 
@@ -114,7 +117,9 @@ class Rewriter:
         self.target = target
         self.check = check
         self.plans = [plan for pattern in patterns for plan in plans_of(pattern)]
+        self._matchers = {plan: Matcher(self.view, plan) for plan in self.plans}
         self.outcome = Outcome()
+        self._reached: dict[tuple[Node, frozenset[str], int], dict[Value, int]] = {}
         self._failed: dict[tuple[str, str], NearMiss] = {}
 
     def run(self) -> Outcome:
@@ -137,6 +142,7 @@ class Rewriter:
             else:
                 break
             self.view.forget()
+            self._reached.clear()
         self.outcome.near.extend(self._failed.values())
         return self.outcome
 
@@ -153,9 +159,18 @@ class Rewriter:
     def candidates(self, dirty: set[Node] | None = None) -> list[Candidate]:
         """All matches, best first; near `dirty` nodes only where given."""
         found: list[Candidate] = []
-        for plan in self.plans:
-            if self.emissions(plan.pattern):
-                found.extend(self._of_plan(plan, dirty))
+        by_pattern: dict[str, list[Candidate]] = {}
+        for plan in sorted(self.plans, key=lambda plan: plan.refines is not None):
+            if not self.emissions(plan.pattern):
+                continue
+            base = by_pattern.get(plan.refines.name) if plan.refines is not None else None
+            if base is None:
+                matched = list(self._of_plan(plan, dirty))
+            else:
+                refined = (self._at(plan, candidate.root) for candidate in list(base))
+                matched = [candidate for candidate in refined if candidate is not None]
+            by_pattern.setdefault(plan.pattern.name, []).extend(matched)
+            found.extend(matched)
         return sorted(found, key=lambda candidate: candidate.order)
 
     def found(self) -> list[Candidate]:
@@ -176,14 +191,20 @@ class Rewriter:
 
     def anchors(self, plan: Plan) -> list[Node]:
         """The nodes that may spell the part of the formula that is rarest in this graph; empty where one is absent."""
-        counted = [
-            (sum(len(self.graph.by_op.get(op, ())) for op in spelled), sorted(spelled)) for spelled in plan.anchors
-        ]
-        count, spelled = min(counted)
-        if count == 0:
-            return []
-        nodes = [node for op in spelled for node in self.graph.by_op.get(op, ())]
+        choices: list[list[Node]] = []
+        for spelled in plan.anchors:
+            nodes = [node for op in sorted(spelled) for node in self.graph.by_op.get(op, ())]
+            if not nodes:
+                return []
+            choices.append(nodes)
+        nodes = min(choices, key=len)
+        if any(node.op == "Pow" for node in nodes):  # the root of a norm, not its squares
+            nodes = [node for node in nodes if node.op != "Pow" or self._is_root(node)]
         return sorted(nodes, key=lambda node: (node.scope.name, node.position))
+
+    def _is_root(self, node: Node) -> bool:
+        exponent = node.input(1)
+        return exponent is not None and self.view.number(exponent) in (0.5, -0.5)
 
     def _of_plan(self, plan: Plan, dirty: set[Node] | None) -> Iterator[Candidate]:
         tried: dict[Value, Candidate | None] = {}
@@ -201,7 +222,7 @@ class Rewriter:
                     break
 
     def _at(self, plan: Plan, root: Value) -> Candidate | None:
-        for ref, state in Matcher(self.view, plan).match(root):
+        for ref, state in self._matchers[plan].match(root):
             region = region_of(self.view, root, state)
             if isinstance(region, Region):
                 return Candidate(plan, root, ref, state, region)
@@ -210,22 +231,35 @@ class Rewriter:
 
     def roots(self, plan: Plan, anchor: Node) -> list[Value]:
         """Values above an anchor that may be the pattern's result, outermost first."""
+        reached = self._above(plan, anchor)
+        fits = [value for value in reached if self._may_be_root(plan, value)]
+        return sorted(fits, key=lambda value: value.producer.position if value.producer else (0, 0), reverse=True)
+
+    def _above(self, plan: Plan, anchor: Node) -> dict[Value, int]:
+        """Values that an anchor feeds through operators of the plan; plans of like operators ask together."""
+        key = (anchor, plan.operators, plan.height)
+        known = self._reached.get(key)
+        if known is None:
+            known = self._reached[key] = self._climb(plan, anchor)
+        return known
+
+    def _climb(self, plan: Plan, anchor: Node) -> dict[Value, int]:
         reached: dict[Value, int] = {}
-        stack = [(value, 0) for value in anchor.outputs[:1] if value is not None]
+        stack = [(value, 0, 0) for value in anchor.outputs[:1] if value is not None]
         while stack and len(reached) < CLIMB:
-            value, above = stack.pop(0)
+            value, above, distance = stack.pop(0)
             if value in reached:
                 continue
             reached[value] = above
-            if value.is_output or len(value.uses) > 6:
+            if value.is_output or len(value.uses) > 6 or distance == DISTANCE:
                 continue
             for node in value.uses:
                 step = 0 if node.key in PASSING else 1
                 if (step and node.key not in plan.operators) or above + step > plan.height or node.scope is not anchor.scope:
                     continue
-                stack.extend((output, above + step) for output in node.outputs[:1] if output is not None)
-        fits = [value for value in reached if self._may_be_root(plan, value)]
-        return sorted(fits, key=lambda value: value.producer.position if value.producer else (0, 0), reverse=True)
+                far = distance + (node.key in MERGED)
+                stack.extend((output, above + step, far) for output in node.outputs[:1] if output is not None)
+        return reached
 
     def _may_be_root(self, plan: Plan, value: Value) -> bool:
         node = value.producer
@@ -259,35 +293,42 @@ class Rewriter:
         return made
 
     def _emit(self, candidate: Candidate) -> list[Node]:
+        """Write a match in the first way that holds; where none does, try the other ways to match at the same root."""
         misses: list[Miss] = []
-        for emission in self.emissions(candidate.plan.pattern):
-            found = Found(self.view, candidate.plan, candidate.ref, candidate.root, candidate.state, candidate.region)
-            builder = Builder(found)
-            try:
-                returned = emission.build(found, builder)
-                outputs: tuple[New, ...] = returned if isinstance(returned, tuple) else (returned,)
-                results = [builder.in_root_axes(output) for output in outputs]
-                found.require_order(builder.inputs)
-                builder.require_kernels(self.target)
-                found.require_gain(builder.nodes)
-            except Unmet as unmet:
-                misses.append(unmet.miss)
-                continue
-            label = candidate.root.producer.scope.name if candidate.root.producer else ""
-            nodes = apply(self.graph, found, builder.nodes, results)
-            self.facts.recomputed([value for node in nodes for value in node.outputs if value is not None])
-            self.outcome.rewritten.append(
-                Rewritten(
-                    candidate.plan.pattern.name,
-                    candidate.root.name,
-                    tuple(node.key for node in nodes),
-                    tuple(node.label for node in candidate.region.core),
-                    label,
-                )
-            )
-            return nodes
-        self._note(candidate.plan, candidate.root, tuple(misses))
+        for choice in self._choices(candidate):
+            for emission in self.emissions(choice.plan.pattern):
+                found = Found(self.view, choice.plan, choice.ref, choice.root, choice.state, choice.region)
+                builder = Builder(found)
+                try:
+                    returned = emission.build(found, builder)
+                    outputs: tuple[New, ...] = returned if isinstance(returned, tuple) else (returned,)
+                    results = [builder.in_root_axes(output) for output in outputs]
+                    found.require_order(builder.inputs)
+                    builder.require_kernels(self.target)
+                    found.require_gain(builder.nodes)
+                except Unmet as unmet:
+                    misses.append(unmet.miss)
+                    continue
+                return self._apply(found, builder, results)
+        self._note(candidate.plan, candidate.root, tuple(dict.fromkeys(misses)))
         return []
+
+    def _choices(self, candidate: Candidate) -> Iterator[Candidate]:
+        yield candidate
+        others = self._matchers[candidate.plan].match(candidate.root)
+        for ref, state in islice(others, 1, CHOICES):
+            region = region_of(self.view, candidate.root, state)
+            if isinstance(region, Region) and set(region.core) <= set(candidate.region.core):
+                yield Candidate(candidate.plan, candidate.root, ref, state, region)
+
+    def _apply(self, found: Found, builder: Builder, results: list[New]) -> list[Node]:
+        scope = found.node.scope.name
+        replaced = tuple(node.label for node in found.region.core)
+        nodes = apply(self.graph, found, builder.nodes, results)
+        self.facts.recomputed([value for node in nodes for value in node.outputs if value is not None])
+        operators = tuple(node.key for node in nodes)
+        self.outcome.rewritten.append(Rewritten(found.plan.pattern.name, found.root.name, operators, replaced, scope))
+        return nodes
 
     def _note(self, plan: Plan, root: Value, misses: tuple[Miss, ...]) -> None:
         """Remember why a match was not written, the reason nearest to success first."""
