@@ -1,8 +1,8 @@
 """Emission: what a pattern's emission function sees of a match, and the nodes it asks for.
 
 An emission runs before anything is edited. It builds a list of new nodes over existing values; what does not hold is
-raised as `Unmet` and becomes a miss. Captures are passed to operators as they are: the value that lies in the graph with
-the axes of the capture is looked up, and only `found.arranged(...)` may insert nodes that rearrange.
+raised as `Unmet` and becomes a miss. Captures are passed to operators as they are: the value that lies in the graph
+with the axes of the capture is looked up, and only `op.arranged(...)` and its like may insert nodes that rearrange.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fusion.dims import Dim
 from fusion.facts import Facts
-from fusion.graph import Graph, Node, Value
+from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.layout import Layout
 from fusion.match import Entry, Miss, State
@@ -140,8 +140,12 @@ class Found:
         """The size of a letter; raises Unmet where it is not a known number."""
         dims = self.dims(letter)
         if len(dims) != 1 or not isinstance(dims[0], int):
-            raise Unmet(f"the size of {letter} is not a known number ({' '.join(map(str, dims))})", kind="dimension",
-                        verdict=Verdict.UNKNOWN, place=self.root.name)
+            raise Unmet(
+                f"the size of {letter} is not a known number ({' '.join(map(str, dims))})",
+                kind="dimension",
+                verdict=Verdict.UNKNOWN,
+                place=self.root.name,
+            )
         return dims[0]
 
     def dims(self, letter: str) -> tuple[Dim, ...]:
@@ -185,8 +189,11 @@ class Captured:
         """
         value = standing(self.found.view, self.ref, dtype, self.found.node)
         if value is None:
-            raise Unmet(f"{self.name} ({self.value.name}) lies in other axes or another dtype than the fused node reads",
-                        kind="dimension", place=self.value.name)
+            raise Unmet(
+                f"{self.name} ({self.value.name}) lies in other axes or another dtype than the fused node reads",
+                kind="dimension",
+                place=self.value.name,
+            )
         return value
 
 
@@ -249,9 +256,7 @@ class Builder:
     def _numpy(self) -> np.dtype[Any]:
         return helper.tensor_dtype_to_np_dtype(self._found.dtype)
 
-    def packed(
-        self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()
-    ) -> New | None:
+    def packed(self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()) -> New | None:
         """Weights put together along an axis; the bytes are joined only when the model is written.
 
         Args:
@@ -273,8 +278,10 @@ class Builder:
                 continue
             tensor = capture.value.tensor
             if tensor is None or tensor.data_type != self._found.dtype:
-                raise Unmet(f"{capture.name} ({capture.value.name}) is no stored weight of the result's dtype",
-                            place=capture.value.name)
+                raise Unmet(
+                    f"{capture.name} ({capture.value.name}) is no stored weight of the result's dtype",
+                    place=capture.value.name,
+                )
             whole = [capture.ref.layout.whole(own) for own in range(len(capture.shape))]
             if whole != list(range(len(tensor.dims))) and whole != [1, 0]:
                 raise Unmet(f"{capture.name} ({capture.value.name}) is not read whole", place=capture.value.name)
@@ -341,7 +348,9 @@ class Builder:
             if entry.fill > smallest * 0.999:
                 raise Unmet(
                     f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
-                    "in rows masked everywhere", place=entry.ref.value.name)
+                    "in rows masked everywhere",
+                    place=entry.ref.value.name,
+                )
             kept = self._scalar(0.0) if bias is None else bias
             fill = self._scalar(entry.fill)
             choices = [kept, fill] if entry.keep else [fill, kept]
@@ -353,7 +362,12 @@ class Builder:
         return self.constant(np.array(value, self._numpy), "scalar")
 
     def shared(
-        self, op: str, inputs: list[Operand], shape: tuple[Dim, ...] | None, dtype: int | None = None, **attributes: object
+        self,
+        op: str,
+        inputs: list[Operand],
+        shape: tuple[Dim, ...] | None,
+        dtype: int | None = None,
+        **attributes: object,
     ) -> New:
         """A node that later matches may use too: made early, and found again instead of made twice."""
         known = dtype if dtype is not None else next((d for o in inputs if (d := self._dtype(o)) is not None), None)
@@ -395,7 +409,7 @@ class Builder:
         for bound in self._found.state.bound.values():
             if isinstance(bound, Ref):
                 yield bound.value
-            elif isinstance(bound, tuple):
+            elif not isinstance(bound, float):
                 yield from (entry.ref.value for entry in bound)
 
     def in_root_axes(self, result: New) -> New:

@@ -10,6 +10,7 @@ import gc
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -364,7 +365,7 @@ class Graph:
                 created.producer, created.slot = node, slot
                 scope.values[output] = created
                 node.outputs.append(created)
-                self._journal(scope, lambda name=output: scope.values.pop(name) and None)  # type: ignore[misc]
+                self._journal(scope, partial(scope.values.__delitem__, output))
             else:
                 if output is not None:
                     self._take_over(output, node, slot)
@@ -408,7 +409,7 @@ class Graph:
         value = Value(tensor.name, scope)
         value.tensor = tensor
         scope.values[tensor.name] = value
-        self._journal(scope, lambda: scope.values.pop(tensor.name) and None)  # type: ignore[arg-type,return-value]
+        self._journal(scope, partial(scope.values.__delitem__, tensor.name))
         return value
 
     def remove_dead(self, nodes: Iterable[Node]) -> list[Node]:
@@ -462,7 +463,7 @@ class Graph:
         self._journal(scope, lambda: scope.values.__setitem__(value.name, value))
 
     def replace_uses(self, old: Value, new: Value) -> None:
-        """Let every consumer of `old` read `new`. A graph output keeps its name: see `add_node`, which takes it over."""
+        """Let every consumer of `old` read `new`; a graph output keeps its name, see `add_node`."""
         moved = dict(old.uses)
         for node, count in moved.items():
             node.inputs = [new if value is old else value for value in node.inputs]

@@ -6,8 +6,8 @@
         return d / sqrt(mean(d**2) + eps) * scale + bias
 
 Captures are the parameters. A dimension spec names the axes of a capture: letters, `...` for any number of axes,
-`(H D)` for two axes merged into one, `B|1` for an axis that may be broadcast. A letter stands for the same axis wherever
-it is used; the letter a mean runs over may stand for several trailing axes.
+`(H D)` for two axes merged into one, `B|1` for an axis that may be broadcast. A letter stands for the same axis
+wherever it is used; the letter a mean runs over may stand for several trailing axes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,7 @@ def _parse(spec: str) -> tuple[Dims, frozenset[str]]:
                 raise PatternError(f"{word!r} is no dimension: write a letter, `...`, `(H D)` or `B|1`")
             if one:
                 loose.add(letter)
-            (tokens if group is None else group).append(letter)  # type: ignore[attr-defined]
+            (tokens if group is None else group).append(letter)
     if group is not None:
         raise PatternError(f"{spec!r} opens a bracket that it does not close")
     return tuple(tokens), frozenset(loose)
@@ -186,7 +187,9 @@ def _merge_dims(left: tuple[str, ...], right: tuple[str, ...]) -> tuple[str, ...
     position = 0
     for letter in shorter:
         if letter not in longer[position:]:
-            raise _misuse(f"{_spell(left)} and {_spell(right)} cannot be broadcast: {letter!r} is not in both, in order")
+            raise _misuse(
+                f"{_spell(left)} and {_spell(right)} cannot be broadcast: {letter!r} is not in both, in order"
+            )
         position = longer.index(letter, position) + 1
     return longer
 
@@ -196,8 +199,9 @@ def _elementwise(kind: str, left: Operand, right: Operand) -> Expr:
     return Expr(kind, (a, b), _merge_dims(a.dims or (), b.dims or ()))
 
 
+_NO_SIZES: Mapping[str, int] = MappingProxyType({})
 _tracing: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("tracing", default=None)
-_sizes: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("sizes", default={})
+_sizes: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("sizes", default=_NO_SIZES)
 
 
 def _misuse(message: str) -> PatternError:
@@ -458,7 +462,7 @@ class Pattern:
                 if argument is None and capture.kind != "optional":
                     raise _misuse(f"{self.name} needs its capture {name!r}")
                 continue
-            _unify(capture.dims, argument, letters, f"{self.name}({name})")
+            _unify(capture.dims or (ELLIPSIS,), argument, letters, f"{self.name}({name})")
         dims = tuple(letter for own in letters_of(self.dims) for letter in letters.get(own, (own,)))
         tokens: Dims = tuple(
             token if isinstance(token, str) else tuple(letter for own in token for letter in letters.get(own, (own,)))

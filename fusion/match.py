@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from onnx import TensorProto
 
@@ -25,7 +25,9 @@ from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref
 from fusion.verdict import Verdict
 from fusion.view import View
 
-TOLERANCE = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 8e-3, TensorProto.DOUBLE: 1e-7}
+K = TypeVar("K", Reduce, Contract)
+
+TOLERANCE: dict[int, float] = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 8e-3, TensorProto.DOUBLE: 1e-7}
 """Relative error allowed in a constant, by the dtype it is computed in; 1e-5 for float: exporters round 1.41421."""
 
 RECORD_STEPS = 4000
@@ -115,8 +117,15 @@ class Matcher:
         root = self.view.root(value)
         if root is None:
             state = State({}, {}, {})
-            for missed in self.miss(state, "dimension", "a known rank", f"{value.name} has none", self.plan.weight,
-                                     value.name, Verdict.UNKNOWN):
+            for missed in self.miss(
+                state,
+                "dimension",
+                "a known rank",
+                f"{value.name} has none",
+                self.plan.weight,
+                value.name,
+                Verdict.UNKNOWN,
+            ):
                 yield Ref(value, Layout.identity(())), missed
             return
         self._root, self._tolerance = value, 0.0
@@ -166,7 +175,13 @@ class Matcher:
     # -- obligations ------------------------------------------------------------------------------------------------
 
     def miss(
-        self, state: State, kind: str, expected: str, found: str, weight: int, place: str,
+        self,
+        state: State,
+        kind: str,
+        expected: str,
+        found: str,
+        weight: int,
+        place: str,
         verdict: Verdict = Verdict.NO,
     ) -> Iterator[State]:
         """The branch ends here (stop), or goes on with a note (record)."""
@@ -285,7 +300,11 @@ class Matcher:
                     yield rest, more
 
     def _variables(
-        self, variables: list[tuple[p.Var, float]], given: list[tuple[Atom, float]], context: Context, state: State,
+        self,
+        variables: list[tuple[p.Var, float]],
+        given: list[tuple[Atom, float]],
+        context: Context,
+        state: State,
         place: str,
     ) -> Iterator[State]:
         """Bind each capture to a factor of its exponent; nothing may be left over."""
@@ -407,8 +426,9 @@ class Matcher:
     def operator(self, atom: p.Op, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """An elementwise operator with its attributes at their defaults."""
         if node.key != atom.name or len(node.inputs) != 1:
-            yield from self.miss(state, "operator", atom.name, node.key, p.weight(Prod(1.0, ((atom, 1.0),))),
-                                  node.label)
+            yield from self.miss(
+                state, "operator", atom.name, node.key, p.weight(Prod(1.0, ((atom, 1.0),))), node.label
+            )
             return
         extra = extra_attributes(node, ())
         states: Iterator[State] = iter((state,))
@@ -423,8 +443,9 @@ class Matcher:
     def softmax(self, atom: p.Softmax, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """A softmax over exactly the axis of its letter."""
         if node.key != "Softmax":
-            yield from self.miss(state, "operator", "Softmax", node.key, p.weight(Prod(1.0, ((atom, 1.0),))),
-                                  node.label)
+            yield from self.miss(
+                state, "operator", "Softmax", node.key, p.weight(Prod(1.0, ((atom, 1.0),))), node.label
+            )
             return
         operand = node.inputs[0]
         shape = self.view.facts.shape(operand) if operand is not None else None
@@ -437,16 +458,19 @@ class Matcher:
         if node.version < 13 and own != len(shape) - 1:
             states = self.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
         elif not _covers(given.layout, positions, own):
-            states = self.miss(state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1,
-                                node.label)
+            states = self.miss(
+                state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1, node.label
+            )
         for current in states:
             yield from self.child(atom.child, _without_maximum(Ref(operand, given.layout), self.view), context, current)
 
     def mean(self, atom: p.Mean, given: Reduce, context: Context, state: State) -> Iterator[State]:
         """A mean; inside it the letters stand for the axes reduced."""
         child = given.child
-        first = child if isinstance(child, Ref) else next(
-            (inner for inner, _ in child.factors if isinstance(inner, Ref)), None
+        first = (
+            child
+            if isinstance(child, Ref)
+            else next((inner for inner, _ in child.factors if isinstance(inner, Ref)), None)
         )
         letter = atom.letters[-1]
         if first is None or len(atom.letters) != 1:
@@ -467,8 +491,7 @@ class Matcher:
         if len(outside) != len(inside):
             states = self.miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)
         elif any(first.layout.depends(axis) for axis in outside):
-            states = self.miss(state, "dimension", f"a mean over {letter}", "another axis", 1,
-                                first.value.name)
+            states = self.miss(state, "dimension", f"a mean over {letter}", "another axis", 1, first.value.name)
         for current in states:
             yield from self.child(atom.child, child, {**context, letter: inside}, current)
 
@@ -648,8 +671,9 @@ class Matcher:
         ref = self.view.peel(given).ref
         viewed = self.in_axes(ref.layout, variable.dims, capture.loose, context, state)
         if isinstance(viewed, str):
-            yield from self.miss(state, "dimension", f"{name} with axes {_spell(capture.dims)}", viewed, 1,
-                                  ref.value.name)
+            yield from self.miss(
+                state, "dimension", f"{name} with axes {_spell(capture.dims)}", viewed, 1, ref.value.name
+            )
             return
         known = state.bound.get(name)
         if known is None:
@@ -775,8 +799,9 @@ class Spine:
                 entry.ref.layout, self.variable.dims, frozenset(letters_of(capture.dims or ())), self.context, state
             )
             if isinstance(viewed, str):
-                yield from self.matcher.miss(state, "dimension", f"{self.name} with axes {_spell(capture.dims)}",
-                                              viewed, 1, entry.ref.value.name)
+                yield from self.matcher.miss(
+                    state, "dimension", f"{self.name} with axes {_spell(capture.dims)}", viewed, 1, entry.ref.value.name
+                )
                 return
             placed.append(entry._replace(ref=Ref(entry.ref.value, viewed)))
         bound = state.copy()
@@ -851,7 +876,7 @@ def _sums(given: Atom, view: View) -> Iterator[tuple[Sum, float]]:
             yield term.factors[0][0], term.coef
 
 
-def _of_kind(given: Atom, view: View, kind: type[Reduce] | type[Contract]) -> Iterator[object]:
+def _of_kind(given: Atom, view: View, kind: type[K]) -> Iterator[K]:
     if isinstance(given, kind):
         yield given
     elif isinstance(given, Ref):
@@ -907,9 +932,7 @@ def _describe(atom: Atom, exponent: float = 1.0) -> str:
     if isinstance(atom, Ref):
         node = atom.value.producer
         text = f"{node.op}({atom.value.name})" if node is not None else atom.value.name
-    elif isinstance(atom, p.Var):
-        text = atom.name
-    elif isinstance(atom, p.Op):
+    elif isinstance(atom, p.Var | p.Op):
         text = atom.name
     elif isinstance(atom, Sum):
         text = "a sum"

@@ -13,7 +13,7 @@ import numpy as np
 
 from fusion.dims import Dim, divide, equal, product
 from fusion.graph import Node, Scope, Value
-from fusion.layout import Layout
+from fusion.layout import Factor, Layout
 from fusion.terms import Ref
 from fusion.verdict import Verdict
 from fusion.view import View
@@ -116,7 +116,7 @@ def _express(wanted: Layout, have: Layout) -> Layout | None:
         return Layout.identity(have.shape)
     axes = []
     for axis in wanted.axes:
-        factors = []
+        factors: list[Factor] = []
         for source, stride, size in axis:
             if source is None:
                 factors.append((None, 0, size))

@@ -57,7 +57,7 @@ class Fused(NamedTuple):
     arguments: tuple[tuple[str, Prod | None], ...]
     letters: tuple[tuple[str, tuple[str, ...]], ...]
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # type: ignore[assignment]
         return id(self.pattern)
 
 
@@ -119,9 +119,17 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
         anchors = tuple(dict.fromkeys(_anchors(root)))
         plans.append(
             Plan(
-                pattern, root, pattern.dims, pattern.captures, builder.kept_names, anchors,
-                frozenset().union(*anchors), max(0, _height(root) - 1), weight(root), builder.refines,
-            )  # fmt: skip
+                pattern,
+                root,
+                pattern.dims,
+                pattern.captures,
+                builder.kept_names,
+                anchors,
+                frozenset().union(*anchors),
+                max(0, _height(root) - 1),
+                weight(root),
+                builder.refines,
+            )
         )
         decisions = [choice for choice, _ in builder.taken]
         while decisions and decisions[-1] + 1 >= builder.taken[len(decisions) - 1][1]:
@@ -196,7 +204,6 @@ class _Builder:
             return self.factor(args[0], frame)
         if expr.kind == "either":
             return self.factor(args[self.decide(len(args))], frame)
-        assert expr.kind == "call" and expr.call is not None
         return self._call(expr, frame)
 
     def _call(self, expr: Expr, frame: _Frame) -> Prod:
@@ -211,7 +218,8 @@ class _Builder:
         if expr is self.pattern.result and not fused:
             self.refines = callee
         arguments: dict[str, Prod | None] = {
-            name: None if argument is None else self.factor(argument, frame) for name, argument in call.arguments.items()
+            name: None if argument is None else self.factor(argument, frame)
+            for name, argument in call.arguments.items()
         }
         if fused:
             return leaf(Fused(callee, tuple(arguments.items()), tuple(letters.items())))

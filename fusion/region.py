@@ -46,8 +46,13 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
             if value in stops or view.facts.is_constant(value) or view.number(value) is not None:
                 continue
             if value.producer is None:
-                return Miss("same value", f"the region also reads {value.name}, which no capture binds", Verdict.NO, 1,
-                            value.name)
+                return Miss(
+                    "same value",
+                    f"the region also reads {value.name}, which no capture binds",
+                    Verdict.NO,
+                    1,
+                    value.name,
+                )
             if value.producer not in visited:
                 visited[value.producer] = None
                 stack.append(value.producer)
@@ -64,15 +69,20 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
             prefix[node] = None
     core = [node for node in ordered if node not in prefix]
     for node in core:
-        for value in node.outputs:
-            if value is None or value is root or value in kept:
+        for value in (output for output in node.outputs if output is not None):
+            if value is root or value in kept:
                 continue
             if value.is_output:
                 return Miss("privacy", f"{value.name} inside the region is a graph output", Verdict.NO, 1, value.name)
             for reader in value.uses:
                 if reader not in visited and not _dies(reader, visited, ABSORBED):
-                    return Miss("privacy", f"{value.name} inside the region is also read by {reader.label}", Verdict.NO,
-                                1, value.name)
+                    return Miss(
+                        "privacy",
+                        f"{value.name} inside the region is also read by {reader.label}",
+                        Verdict.NO,
+                        1,
+                        value.name,
+                    )
     return Region(tuple(core), tuple(prefix))
 
 
@@ -82,7 +92,7 @@ def sources(state: State) -> list[Value]:
     for capture in state.bound.values():
         if isinstance(capture, Ref):
             bound.append(capture.value)
-        elif isinstance(capture, tuple):
+        elif not isinstance(capture, float):
             bound.extend(entry.ref.value for entry in capture)
     return bound
 

@@ -16,7 +16,7 @@ from fusion.apply import apply
 from fusion.emit import Builder, Found, New, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
-from fusion.language import Pattern
+from fusion.language import Emit, Pattern
 from fusion.match import Matcher, Miss, State
 from fusion.plan import SPELLINGS, Plan, compile_pattern
 from fusion.region import Region, region_of
@@ -34,8 +34,19 @@ CHOICES = 8
 NEAR = 6
 """How far around a change anchors are tried again."""
 
-PASSING = MERGED | {"Where", "IsNaN", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Expand", "Identity",
-                    "Cast", "Dropout"}
+PASSING = MERGED | {
+    "Where",
+    "IsNaN",
+    "Transpose",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Expand",
+    "Identity",
+    "Cast",
+    "Dropout",
+}
 """Operators that may stand between an anchor and its root without being named in a formula."""
 
 
@@ -185,7 +196,7 @@ class Rewriter:
                 chosen.append(candidate)
         return chosen
 
-    def emissions(self, pattern: Pattern) -> list[p.Any]:
+    def emissions(self, pattern: Pattern) -> list[Emit]:
         """The ways to write a pattern for the target, preferred first."""
         return [emission for emission in pattern.emissions if self.target.name in emission.targets]
 
@@ -255,7 +266,11 @@ class Rewriter:
                 continue
             for node in value.uses:
                 step = 0 if node.key in PASSING else 1
-                if (step and node.key not in plan.operators) or above + step > plan.height or node.scope is not anchor.scope:
+                if (
+                    (step and node.key not in plan.operators)
+                    or above + step > plan.height
+                    or node.scope is not anchor.scope
+                ):
                     continue
                 far = distance + (node.key in MERGED)
                 stack.extend((output, above + step, far) for output in node.outputs[:1] if output is not None)

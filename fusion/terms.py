@@ -1,8 +1,9 @@
 """Terms: the one-level normal form shared by patterns and graphs.
 
-A value is a product `coef * atom ** exponent * …`; an atom is a leaf or a sum `const + coef * atom ** exponent * … + …`.
-What a leaf is differs: in a graph a `Ref` (a value, seen through a layout) or a contraction or reduction over such; in a
-pattern a capture or an operator. The algebra below knows neither, so both are normalised by the same code.
+A value is a product `coef * atom ** exponent * …`; an atom is a leaf, or a sum
+`const + coef * atom ** exponent * … + …`. What a leaf is differs: in a graph a `Ref` (a value, seen through a layout)
+or a contraction or reduction over such; in a pattern a capture or an operator. The algebra below knows neither, so both
+are normalised by the same code.
 """
 
 from __future__ import annotations

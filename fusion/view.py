@@ -176,7 +176,7 @@ class View:
 
 
 def _single(value: Value) -> bool:
-    """Whether one consumer alone computes with the value; who asks for its shape or type, or guards it, does not count."""
+    """Whether one consumer alone computes with the value; who asks for its shape or type, or guards it, is not one."""
     if value.is_output:
         return False
     if len(value.uses) == 1:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fusion.language import Pattern
 from fusion.patterns import activations, attention, linear, norms
+
+from fusion.language import Pattern
 
 MODULES = (activations, norms, linear, attention)
 

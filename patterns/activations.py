@@ -20,7 +20,7 @@ def gelu_tanh(x):
 
 @pattern(x="...", alpha=scalar())
 def swish(x, alpha):
-    """x σ(α x): SiLU where α is 1 (Elfwing et al. 2017), the sigmoid Gelu where α is 1.702 (Hendrycks & Gimpel 2016)."""
+    """x σ(α x): SiLU for α = 1 (Elfwing et al. 2017), the sigmoid Gelu for α = 1.702 (Hendrycks & Gimpel 2016)."""
     return x * sigmoid(alpha * x)
 
 

@@ -1,7 +1,8 @@
 """Scaled dot-product attention: on its own, with heads, and with the projections of self-attention."""
 
-from fusion.language import along, axes, optional, pattern, rest, scalar, softmax
 from fusion.patterns.linear import linear
+
+from fusion.language import along, axes, optional, pattern, rest, scalar, softmax
 
 
 @pattern(q="... S D", k="... T D", v="... T E", bias=rest("... S T"), scale=scalar())

@@ -46,7 +46,9 @@ def _(node, rank):
 @layer_norm.emit("onnx", "ort-cpu")
 def _(found, op):
     scale = op.arranged(found.scale) or op.ones("D")
-    return op.LayerNormalization(op.arranged(found.x), scale, op.arranged(found.bias), axis=-found.count("D"), epsilon=found.eps)
+    return op.LayerNormalization(
+        op.arranged(found.x), scale, op.arranged(found.bias), axis=-found.count("D"), epsilon=found.eps
+    )
 
 
 @rms_norm.emit("onnx", "ort-cpu")
