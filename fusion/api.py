@@ -18,7 +18,7 @@ from fusion.language import Pattern
 from fusion.match import Miss
 from fusion.model import Model, load, save
 from fusion.report import explanation_to_dict, print_explanation, print_result, result_to_dict
-from fusion.rewrite import NearMiss, Rewriter, Rewritten
+from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
 from fusion.targets import Target, target_named
 from fusion.verdict import Verdict
 
@@ -131,7 +131,8 @@ def optimize(
     with paused_collection():
         timings: dict[str, float] = {}
         started = time.perf_counter()
-        aim, chosen = target_named(target), _chosen(patterns)
+        aim = target_named(target)
+        chosen = _chosen(patterns, aim)
         model = load(source)
         timings["load"] = time.perf_counter() - started
         started = time.perf_counter()
@@ -159,9 +160,12 @@ def optimize(
 
 
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:
-    """The matches of patterns in a model, without rewriting it."""
-    rewriter = _rewriter(source, patterns, target)
-    return _matches(rewriter)
+    """The matches of patterns in a model, without rewriting it; also of patterns that the target has no emission for.
+
+    Raises:
+        ModelError, TargetError, PatternError: as `optimize` does.
+    """
+    return [place for place in _matches(_rewriter(source, patterns, target)) if place.verdict is Verdict.YES]
 
 
 def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort-cpu") -> Explanation:
@@ -170,14 +174,13 @@ def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort
     places = _matches(rewriter)
     matched = {place.root for place in places}
     for near in _explained(rewriter, None, matched):
-        verdict = Verdict.UNKNOWN if all(miss.verdict is Verdict.UNKNOWN for miss in near.misses) else Verdict.NO
-        places.append(Place(near.pattern, near.root, verdict, near.misses))
+        places.append(Place(near.pattern, near.root, verdict_of(near.misses), near.misses))
     return Explanation(places)
 
 
 def _rewriter(source: Any, patterns: Iterable[Pattern | str] | None, target: str) -> Rewriter:
     aim: Target = target_named(target)
-    return Rewriter(Graph(load(source)), _chosen(patterns), aim)
+    return Rewriter(Graph(load(source)), _chosen(patterns, aim), aim)
 
 
 def _matches(rewriter: Rewriter) -> list[Place]:
@@ -185,10 +188,11 @@ def _matches(rewriter: Rewriter) -> list[Place]:
         Place(
             candidate.plan.pattern.name,
             candidate.root.name,
-            Verdict.YES,
-            nodes=tuple(node.label for node in candidate.region.core),
+            verdict_of(misses) if misses else Verdict.YES,
+            misses,
+            tuple(node.label for node in candidate.region.core),
         )
-        for candidate in rewriter.found()
+        for candidate, misses in rewriter.found()
     ]
 
 
@@ -196,8 +200,6 @@ def _explained(rewriter: Rewriter, limit: int | None, known: set[str]) -> list[N
     """The nearest misses around anchors, those that are nearer to the pattern than to nothing."""
     found: dict[tuple[str, str], NearMiss] = {}
     for plan in rewriter.plans:
-        if not rewriter.emissions(plan.pattern):
-            continue
         for anchor in rewriter.anchors(plan)[:limit]:
             near = rewriter.explain(plan, anchor)
             if near is None or near.root in known or near.unmet * 2 > near.weight:
@@ -214,10 +216,11 @@ def library() -> dict[str, Pattern]:
     return registry
 
 
-def _chosen(patterns: Iterable[Pattern | str] | None) -> Sequence[Pattern]:
+def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> Sequence[Pattern]:
+    """The patterns asked for; of the library, where nothing is asked for, those that can be written for the target."""
     known = library()
     if patterns is None:
-        return list(known.values())
+        return [pattern for pattern in known.values() if aim.name in pattern.targets]
     chosen: list[Pattern] = []
     for pattern in patterns:
         if isinstance(pattern, Pattern):

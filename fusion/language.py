@@ -291,6 +291,9 @@ def along(x: Any, spec: str) -> Any:
 
 def _rearrange(array: Any, source: Dims, target: Dims) -> Any:
     sizes: dict[str, int] = dict(_sizes.get())
+    if ELLIPSIS in source:
+        hidden = tuple(f"{ELLIPSIS}{index}" for index in range(array.ndim - len(source) + 1))
+        source, target = _spread(source, hidden), _spread(target, hidden)
     split: list[int] = []
     for token, length in zip(source, array.shape, strict=True):
         if isinstance(token, str):
@@ -308,6 +311,12 @@ def _rearrange(array: Any, source: Dims, target: Dims) -> Any:
         math.prod(sizes[letter] for letter in ((token,) if isinstance(token, str) else token)) for token in target
     ]
     return array.reshape(split).transpose(order).reshape(merged)
+
+
+def _spread(dims: Dims, letters: tuple[str, ...]) -> Dims:
+    """The spec with letters of their own in the place of `...`."""
+    index = dims.index(ELLIPSIS)
+    return (*dims[:index], *letters, *dims[index + 1 :])
 
 
 def keep(x: Any) -> Any:
@@ -449,7 +458,7 @@ class Pattern:
         bound = inspect.signature(self.function).bind_partial(*args, **kwargs).arguments
         for name in self.captures:
             bound.setdefault(name, None)
-        if not any(isinstance(argument, Expr) for argument in bound.values()):
+        if _tracing.get() is None and not any(isinstance(argument, Expr) for argument in bound.values()):
             arguments = {name: _Absent() if value is None else value for name, value in bound.items()}
             return self.function(**arguments)
         return self._call({name: None if v is None else _expr(v) for name, v in bound.items()})

@@ -13,7 +13,7 @@ from itertools import islice
 
 from fusion import plan as p
 from fusion.apply import apply
-from fusion.emit import Builder, Found, New, Unmet
+from fusion.emit import Builder, Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
@@ -65,6 +65,15 @@ class Candidate:
         """Largest gain first, then position."""
         assert self.root.producer is not None
         return (-len(self.region.core), self.root.producer.position, self.plan.pattern.name, self.root.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """A match with the nodes that would be written for it."""
+
+    found: Found
+    nodes: list[NewNode]
+    results: list[New]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +149,7 @@ class Rewriter:
         for sweep in range(SWEEPS):
             self.outcome.sweeps = sweep + 1
             started = time.perf_counter()
-            candidates = self.candidates(dirty)
+            candidates = self.candidates(self.writable, dirty)
             self.outcome.seconds["match"] += time.perf_counter() - started
             started = time.perf_counter()
             made = self._write(candidates)
@@ -159,21 +168,20 @@ class Rewriter:
 
     def _leaves_attention(self) -> bool:
         """Whether a contraction's anchor is left: only its axes may hang on equalities, which cost a pass to learn."""
-        return any(
-            self.anchors(plan)
-            for plan in self.plans
-            if self.emissions(plan.pattern) and SPELLINGS["softmax"] in plan.anchors
-        )
+        return any(self.anchors(plan) for plan in self.plans if SPELLINGS["softmax"] in plan.anchors)
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
-    def candidates(self, dirty: set[Node] | None = None) -> list[Candidate]:
-        """All matches, best first; near `dirty` nodes only where given."""
+    @property
+    def writable(self) -> list[Plan]:
+        """The plans that the target has an emission for."""
+        return [plan for plan in self.plans if self.emissions(plan.pattern)]
+
+    def candidates(self, plans: Sequence[Plan], dirty: set[Node] | None = None) -> list[Candidate]:
+        """All matches of the plans, best first; near `dirty` nodes only where given."""
         found: list[Candidate] = []
         by_pattern: dict[str, list[Candidate]] = {}
-        for plan in sorted(self.plans, key=lambda plan: plan.refines is not None):
-            if not self.emissions(plan.pattern):
-                continue
+        for plan in sorted(plans, key=lambda plan: plan.refines is not None):
             base = by_pattern.get(plan.refines.name) if plan.refines is not None else None
             if base is None:
                 matched = list(self._of_plan(plan, dirty))
@@ -184,16 +192,24 @@ class Rewriter:
             found.extend(matched)
         return sorted(found, key=lambda candidate: candidate.order)
 
-    def found(self) -> list[Candidate]:
-        """The matches that do not overlap, the one with the larger gain kept; nothing is written."""
-        chosen: list[Candidate] = []
+    def found(self) -> list[tuple[Candidate, tuple[Miss, ...]]]:
+        """The matches that do not overlap, the one with the larger gain kept; nothing is written.
+
+        Each comes with what keeps its emission from being written; such a match does not keep others from being found.
+        """
+        chosen: list[tuple[Candidate, tuple[Miss, ...]]] = []
         taken: set[Node] = set()
         if self._leaves_attention():
             self.facts.learn()
-        for candidate in self.candidates():
-            if taken.isdisjoint(candidate.region.core):
+        for candidate in self.candidates(self.plans):
+            if not taken.isdisjoint(candidate.region.core):
+                continue
+            emissions = self.emissions(candidate.plan.pattern)
+            written = self._emit(candidate) if emissions else ()
+            unmet = written if isinstance(written, tuple) else ()
+            if not unmet:
                 taken.update(candidate.region.core)
-                chosen.append(candidate)
+            chosen.append((candidate, unmet))
         return chosen
 
     def emissions(self, pattern: Pattern) -> list[Emit]:
@@ -301,16 +317,20 @@ class Rewriter:
         for candidate in candidates:
             if not taken.isdisjoint(candidate.region.core):
                 continue
-            nodes = self._emit(candidate)
+            emitted = self._emit(candidate)
+            nodes = self._apply(emitted) if isinstance(emitted, Emitted) else []
             if nodes:
                 taken.update(candidate.region.core)
                 made.extend(nodes)
+            elif not isinstance(emitted, Emitted):
+                self._note(candidate.plan, candidate.root, emitted)
         return made
 
-    def _emit(self, candidate: Candidate) -> list[Node]:
-        """Write a match in the first way that holds; where none does, try the other ways to match at the same root."""
-        misses: list[Miss] = []
+    def _emit(self, candidate: Candidate) -> Emitted | tuple[Miss, ...]:
+        """The first way to write a match that holds, other matches at its root included; else what is unmet."""
+        first: tuple[Miss, ...] = ()
         for choice in self._choices(candidate):
+            misses: list[Miss] = []
             for emission in self.emissions(choice.plan.pattern):
                 found = Found(self.view, choice.plan, choice.ref, choice.root, choice.state, choice.region)
                 builder = Builder(found)
@@ -324,9 +344,9 @@ class Rewriter:
                 except Unmet as unmet:
                     misses.append(unmet.miss)
                     continue
-                return self._apply(found, builder, results)
-        self._note(candidate.plan, candidate.root, tuple(dict.fromkeys(misses)))
-        return []
+                return Emitted(found, builder.nodes, results)
+            first = first or tuple(misses)
+        return first
 
     def _choices(self, candidate: Candidate) -> Iterator[Candidate]:
         yield candidate
@@ -336,10 +356,11 @@ class Rewriter:
             if isinstance(region, Region) and set(region.core) <= set(candidate.region.core):
                 yield Candidate(candidate.plan, candidate.root, ref, state, region)
 
-    def _apply(self, found: Found, builder: Builder, results: list[New]) -> list[Node]:
+    def _apply(self, emitted: Emitted) -> list[Node]:
+        found = emitted.found
         scope = found.node.scope.name
         replaced = tuple(node.label for node in found.region.core)
-        nodes = apply(self.graph, found, builder.nodes, results)
+        nodes = apply(self.graph, found, emitted.nodes, emitted.results)
         self.facts.recomputed([value for node in nodes for value in node.outputs if value is not None])
         operators = tuple(node.key for node in nodes)
         self.outcome.rewritten.append(Rewritten(found.plan.pattern.name, found.root.name, operators, replaced, scope))

@@ -110,8 +110,6 @@ def power(term: Prod, exponent: float) -> Prod | None:
         return None
     if exponent == int(exponent):
         return Prod(coef, tuple((atom, e * exponent) for atom, e in term.factors))
-    if term.coef < 0:
-        return leaf(Group(term))._replace(factors=((Group(term), exponent),))
     if not term.factors:
         return number(coef)
     if len(term.factors) == 1 and term.factors[0][1] % 2 != 0:

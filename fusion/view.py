@@ -23,6 +23,9 @@ MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 """Operators that a product or sum opens where their result is private."""
 
 
+OPENED = MERGED | reduction.COUNTED
+"""Operators whose term is opened inside a product or sum: also reductions, whose count meets the numbers around."""
+
 DEPTH = 60
 """How deep private arithmetic is opened; a chain of thousands of additions is no formula."""
 
@@ -146,7 +149,7 @@ class View:
         if constant is not None:
             return number(constant)
         node = source.producer
-        if node is not None and peeled.private and node.key in MERGED:
+        if node is not None and peeled.private and node.key in OPENED:
             return self.expand(peeled.ref)
         return leaf(peeled.ref)
 

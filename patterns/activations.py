@@ -74,6 +74,7 @@ def _(found, op):
 
 @gelu_tanh.emit("ort-cpu")
 def _(found, op):
+    found.require(found.rank >= 1, "the kernel takes no scalar")
     return op.microsoft.FastGelu(found.x)
 
 

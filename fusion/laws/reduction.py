@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fusion.view import View
     from fusion.writer import Axes, Written
 
+COUNTED = frozenset({"ReduceSum", "ReduceSumSquare", "ReduceL2"})
+"""Reductions that are a mean times a number."""
 OPERATORS = frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceMax"})
 
 
