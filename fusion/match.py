@@ -377,12 +377,12 @@ class Matcher:
             for term, scale in _sums(given, self.view):
                 yield from self._scale(self.sum(atom, term, context, state, _name(given)), scale)
         elif isinstance(atom, p.Mean):
-            for reduction in _of_kind(given, self.view, Reduce):
+            for reduction, scale in _of_kind(given, self.view, Reduce):
                 if reduction.kind == "mean":
-                    yield from _unscaled(self.mean(atom, reduction, context, state))
+                    yield from self._scale(_unscaled(self.mean(atom, reduction, context, state)), scale)
         elif isinstance(atom, p.MatMul):
-            for contraction in _of_kind(given, self.view, Contract):
-                yield from self.matmul(atom, contraction, context, state, free)
+            for contraction, scale in _of_kind(given, self.view, Contract):
+                yield from self._scale(self.matmul(atom, contraction, context, state, free), scale)
         elif isinstance(given, Ref):
             node = given.value.producer
             if isinstance(atom, p.Op) and node is not None:
@@ -876,13 +876,14 @@ def _sums(given: Atom, view: View) -> Iterator[tuple[Sum, float]]:
             yield term.factors[0][0], term.coef
 
 
-def _of_kind(given: Atom, view: View, kind: type[K]) -> Iterator[K]:
+def _of_kind(given: Atom, view: View, kind: type[K]) -> Iterator[tuple[K, float]]:
+    """The reduction or contraction that a factor is, and the number it is multiplied by."""
     if isinstance(given, kind):
-        yield given
+        yield given, 1.0
     elif isinstance(given, Ref):
-        inner = view.expand(given).single
-        if isinstance(inner, kind):
-            yield inner
+        term = view.expand(given)
+        if len(term.factors) == 1 and term.factors[0][1] == 1.0 and isinstance(term.factors[0][0], kind):
+            yield term.factors[0][0], term.coef
 
 
 def _without_maximum(ref: Ref, view: View) -> Ref:

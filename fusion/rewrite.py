@@ -278,7 +278,7 @@ class Rewriter:
             if value in reached:
                 continue
             reached[value] = above
-            if value.is_output or len(value.uses) > 6 or distance == DISTANCE:
+            if len(value.uses) > 6 or distance == DISTANCE:
                 continue
             for node in value.uses:
                 step = 0 if node.key in PASSING else 1

@@ -32,6 +32,13 @@ def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
     return multi_head_attention(q, k, v, bias, scale)
 
 
+@multi_head_attention.emit("onnx")
+def _(found, op):
+    q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
+    heads = {"q_num_heads": found.size("H"), "kv_num_heads": found.size("H"), "scale": found.scale}
+    return op.guarded(op.Attention(q, k, v, op.additive(found.bias), **heads))
+
+
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
     q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
