@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto, helper
 
@@ -19,6 +19,9 @@ from fusion.errors import ModelError
 
 if TYPE_CHECKING:
     from fusion.model import Model
+
+
+T = TypeVar("T")
 
 
 class Value:
@@ -309,22 +312,28 @@ class Graph:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Undo every edit made inside the block if it raises."""
-        outer, self._undo = self._undo, []
+        outer, done = self._undo, []
+        self._undo = done
+        counters = self._fresh, self._sequence
         try:
             yield
         except BaseException:
-            for undo in reversed(self._undo):
+            for undo in reversed(done):
                 undo()
+            self._fresh, self._sequence = counters
             raise
-        finally:
-            done, self._undo = self._undo, outer
+        else:
             if outer is not None:
                 outer.extend(done)
+        finally:
+            self._undo = outer
 
     def _journal(self, scope: Scope, undo: Callable[[], None]) -> None:
-        scope.edited = True
         if self._undo is not None:
             self._undo.append(undo)
+            if not scope.edited:
+                self._undo.append(partial(setattr, scope, "edited", False))
+        scope.edited = True
 
     def fresh(self, hint: str) -> str:
         """Return a value or node name that no scope uses, derived from `hint`, and reserve it."""
@@ -333,6 +342,8 @@ class Graph:
             self._fresh += 1
             name = f"{hint}_{self._fresh}"
         self._names.add(name)
+        if self._undo is not None:
+            self._undo.append(partial(self._names.discard, name))
         return name
 
     def add_node(
@@ -448,10 +459,10 @@ class Graph:
             del scope.values[value.name]
 
         def undo() -> None:
-            scope.nodes[node] = None
-            self.by_op[node.key][node] = None
+            _put_back(scope.nodes, node, None)
+            _put_back(self.by_op[node.key], node, None)
             for value, count in counts.items():
-                value.uses[node] = count
+                _put_back(value.uses, node, count)
             for value in gone:
                 scope.values[value.name] = value
 
@@ -464,36 +475,37 @@ class Graph:
 
     def replace_uses(self, old: Value, new: Value) -> None:
         """Let every consumer of `old` read `new`; a graph output keeps its name, see `add_node`."""
-        moved = dict(old.uses)
-        for node, count in moved.items():
+        old_uses, new_uses = old.uses, dict(new.uses)
+        inputs = {node: node.inputs for node in old_uses}
+        for node, count in old_uses.items():
             node.inputs = [new if value is old else value for value in node.inputs]
             new.uses[node] = new.uses.get(node, 0) + count
-            node.scope.edited = True
         old.uses = {}
 
         def undo() -> None:
-            for node, count in moved.items():
-                remaining = new.uses[node] - count
-                node.inputs = [old if value is new else value for value in node.inputs]
-                if remaining:
-                    new.uses[node] = remaining
-                else:
-                    del new.uses[node]
-            old.uses = moved
+            for node, before in inputs.items():
+                node.inputs = before
+            old.uses, new.uses = old_uses, new_uses
 
-        self._journal(old.scope, undo)
+        for scope in {node.scope: None for node in inputs} or {old.scope: None}:
+            self._journal(scope, undo)
+            undo = _nothing
 
     def import_opset(self, domain: str, version: int) -> None:
         """Import an operator domain that the model does not import yet."""
         main = self.main
         if domain in main.opsets:
             return
-        opsets = dict(main.opsets)
-        opsets[domain] = version
-        for scope in self.scopes:
-            if scope.opsets is main.opsets or domain not in scope.opsets:
-                scope.opsets = opsets if scope.opsets is main.opsets else {**scope.opsets, domain: version}
-        self._journal(main, lambda: None)
+        old = {scope: scope.opsets for scope in self.scopes if domain not in scope.opsets}
+        shared = {**main.opsets, domain: version}
+        for scope, opsets in old.items():
+            scope.opsets = shared if opsets is old[main] else {**opsets, domain: version}
+
+        def undo() -> None:
+            for scope, opsets in old.items():
+                scope.opsets = opsets
+
+        self._journal(main, undo)
 
     # -- writing back -----------------------------------------------------------------------------------------------
 
@@ -537,6 +549,14 @@ class Graph:
             infos = [info for info in proto.value_info if info.name in scope.values]
             del proto.value_info[:]
             proto.value_info.extend(infos)
+
+
+def _put_back(ordered: dict[Node, T], node: Node, content: T) -> None:
+    """Insert a node at its place: what asks for the first or the next node must not see that it was away."""
+    ordered[node] = content
+    items = sorted(ordered.items(), key=lambda item: item[0].position)
+    ordered.clear()
+    ordered.update(items)
 
 
 def _opsets(imports: Iterable[object]) -> dict[str, int]:
