@@ -329,10 +329,13 @@ class Graph:
             self._undo = outer
 
     def _journal(self, scope: Scope, undo: Callable[[], None]) -> None:
+        self._touch(scope)
         if self._undo is not None:
             self._undo.append(undo)
-            if not scope.edited:
-                self._undo.append(partial(setattr, scope, "edited", False))
+
+    def _touch(self, scope: Scope) -> None:
+        if self._undo is not None and not scope.edited:
+            self._undo.append(partial(setattr, scope, "edited", False))
         scope.edited = True
 
     def fresh(self, hint: str) -> str:
@@ -480,6 +483,7 @@ class Graph:
         for node, count in old_uses.items():
             node.inputs = [new if value is old else value for value in node.inputs]
             new.uses[node] = new.uses.get(node, 0) + count
+            self._touch(node.scope)
         old.uses = {}
 
         def undo() -> None:
@@ -487,9 +491,7 @@ class Graph:
                 node.inputs = before
             old.uses, new.uses = old_uses, new_uses
 
-        for scope in {node.scope: None for node in inputs} or {old.scope: None}:
-            self._journal(scope, undo)
-            undo = _nothing
+        self._journal(old.scope, undo)
 
     def import_opset(self, domain: str, version: int) -> None:
         """Import an operator domain that the model does not import yet."""
