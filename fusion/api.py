@@ -15,10 +15,10 @@ from fusion.diff import Diff, diff
 from fusion.errors import FusionError, PatternError
 from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
-from fusion.match import Miss
 from fusion.model import Model, load, save
 from fusion.report import explanation_to_dict, print_explanation, print_result, result_to_dict
 from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
+from fusion.state import Miss
 from fusion.targets import Target, target_named
 from fusion.verdict import Verdict
 

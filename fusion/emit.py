@@ -19,10 +19,10 @@ from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.layout import Layout
-from fusion.match import Entry, Miss, State
 from fusion.place import before, int64, place, shape_items, standing
 from fusion.plan import Plan
 from fusion.region import Region
+from fusion.state import Entry, Miss, State
 from fusion.targets import Target
 from fusion.terms import Ref
 from fusion.verdict import Verdict

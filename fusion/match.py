@@ -7,20 +7,22 @@ goes on, so that the branch with the least unmet weight explains what keeps a su
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 from onnx import TensorProto
 
 from fusion import plan as p
-from fusion.dims import Dim, product
+from fusion.axes import Axes
+from fusion.describe import describe, describe_item, spell_dims
 from fusion.graph import Node, Value
-from fusion.language import ELLIPSIS, Dims, letters_of
+from fusion.language import letters_of
 from fusion.laws import linear, ring
 from fusion.layout import Layout
 from fusion.plan import Plan
 from fusion.schema import attribute, extra_attributes
+from fusion.spine import Spine
+from fusion.state import Context, Miss, State
 from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref, Sum
 from fusion.verdict import Verdict
 from fusion.view import View
@@ -32,64 +34,6 @@ TOLERANCE: dict[int, float] = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 
 
 RECORD_STEPS = 4000
 """How far a recording search goes on one anchor; explanations need not be exhaustive."""
-
-
-class Miss(NamedTuple):
-    """An unmet obligation.
-
-    Attributes:
-        kind: operator, arity, attribute, constant, same value, dimension, dtype, privacy, requirement or kernel.
-        text: what was expected and what was found.
-        verdict: NO, or UNKNOWN where a fact is missing.
-        weight: how much of the formula stayed unmatched.
-        place: the value or node it is about.
-    """
-
-    kind: str
-    text: str
-    verdict: Verdict
-    weight: int
-    place: str
-
-
-class Entry(NamedTuple):
-    """One part of a `rest` capture, outermost first.
-
-    Attributes:
-        kind: "term" (coef * ref is added), "mask" (where ref is not `keep`, the score becomes `fill`) or "clamp" (the
-            score is at least `fill`).
-        ref: the value, in the axes of the capture.
-    """
-
-    kind: str
-    ref: Ref
-    coef: float = 1.0
-    keep: bool = True
-    fill: float = 0.0
-
-
-Bound = Ref | float | tuple[Entry, ...]
-
-
-@dataclass(slots=True)
-class State:
-    """What one branch of the search has bound. Copied where it branches."""
-
-    bound: dict[str, Bound]
-    letters: dict[str, tuple[int, ...]]
-    kept: dict[int, Ref]
-    misses: tuple[Miss, ...] = ()
-
-    def copy(self) -> State:
-        return State(dict(self.bound), dict(self.letters), dict(self.kept), self.misses)
-
-    @property
-    def unmet(self) -> int:
-        """The weight of what is unmet."""
-        return sum(miss.weight for miss in self.misses)
-
-
-Context = Mapping[str, tuple[int, ...]]
 
 
 class Matcher:
@@ -106,7 +50,7 @@ class Matcher:
         self.plan = plan
         self.record = record
         self.steps = 0
-        self.rank = 0
+        self.axes = Axes(plan.dims)
         self.limit = 0
         self._root: Value | None = None
         self._tolerance = 0.0
@@ -130,47 +74,12 @@ class Matcher:
             return
         self._root, self._tolerance = value, 0.0
         self.steps, self.limit = 0, self.plan.weight
-        for ref, letters in self._split(root):
-            self.rank = len(ref.layout.axes)
+        for ref, letters in self.axes.split(root, self.view):
+            self.axes.rank = len(ref.layout.axes)
             start = State({}, letters, {})
             for state in self.child(self.plan.root, ref, {}, start):
                 self.limit = min(self.limit, state.unmet)
                 yield ref, state
-
-    # -- axes of the result -----------------------------------------------------------------------------------------
-
-    def _split(self, root: Ref) -> Iterator[tuple[Ref, dict[str, tuple[int, ...]]]]:
-        """Give the result's letters their coordinate axes; a group `(H E)` is split where the layout has a seam."""
-        dims = self.plan.dims
-        if not self.plan.is_grouped:
-            yield root, {}
-            return
-        if len(dims) != len(root.layout.axes):
-            return
-        source = self.view.peel(root).ref
-        for layout, letters in _split_groups(source.layout, dims, 0, 0):
-            yield Ref(source.value, layout), letters
-
-    def positions(self, letter: str, context: Context, state: State) -> tuple[int, ...]:
-        """Coordinate axes of a letter; one still free takes its place in the result, counted from the right."""
-        if letter in context:
-            return context[letter]
-        if letter not in state.letters:
-            self._default_letters(state)
-        return state.letters.get(letter, ())
-
-    def _default_letters(self, state: State) -> None:
-        letters = letters_of(self.plan.dims)
-        taken = {axis for axes in state.letters.values() for axis in axes}
-        front, _, back = _around_ellipsis(letters)
-        free = [axis for axis in range(self.rank) if axis not in taken]
-        for letter in reversed(back):
-            if letter not in state.letters and free:
-                state.letters[letter] = (free.pop(),)
-        for letter in front:
-            if letter not in state.letters and free:
-                state.letters[letter] = (free.pop(0),)
-        state.letters.setdefault(ELLIPSIS, tuple(free))
 
     # -- obligations ------------------------------------------------------------------------------------------------
 
@@ -293,9 +202,9 @@ class Matcher:
                 for rest, more in self._formulas(others, remaining, coef, context, matched, free, place):
                     yield rest, share * more
         if self.record and not found:
-            kinds = ", ".join(_describe(candidate, own) for candidate, own in given) or f"the number {coef:g}"
+            kinds = ", ".join(describe(candidate, own) for candidate, own in given) or f"the number {coef:g}"
             lost = p.weight(Prod(1.0, ((atom, exponent),)))
-            for missed in self.miss(state, "operator", _describe(atom, exponent), kinds, lost, place):
+            for missed in self.miss(state, "operator", describe(atom, exponent), kinds, lost, place):
                 for rest, more in self._formulas(others, given, coef, context, missed, free, place):
                     yield rest, more
 
@@ -312,7 +221,7 @@ class Matcher:
             if not given:
                 yield state
             else:
-                left = ", ".join(_describe(atom, exponent) for atom, exponent in given)
+                left = ", ".join(describe(atom, exponent) for atom, exponent in given)
                 yield from self.miss(state, "arity", "no further factor", left, len(given), place)
             return
         (variable, exponent), others = variables[0], variables[1:]
@@ -453,7 +362,7 @@ class Matcher:
             return
         axis = attribute(node, "axis")
         own = int(axis) % len(shape) if isinstance(axis, int) else len(shape) - 1
-        positions = [position for letter in atom.letters for position in self.positions(letter, context, state)]
+        positions = [position for letter in atom.letters for position in self.axes.positions(letter, context, state)]
         states: Iterator[State] = iter((state,))
         if node.version < 13 and own != len(shape) - 1:
             states = self.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
@@ -480,11 +389,11 @@ class Matcher:
         outside = context.get(letter, state.letters.get(letter))
         bound = state
         if outside is None:
-            free = [axis for axis, dim in enumerate(first.layout.shape[: self.rank]) if dim != 1]
+            free = [axis for axis, dim in enumerate(first.layout.shape[: self.axes.rank]) if dim != 1]
             spread = [axis for axis in free if not first.layout.depends(axis)]
-            if letters_of(self.plan.dims)[-1:] != (letter,) or given.rank > self.rank:
+            if letters_of(self.plan.dims)[-1:] != (letter,) or given.rank > self.axes.rank:
                 return
-            trailing = tuple(range(self.rank - given.rank, self.rank))
+            trailing = tuple(range(self.axes.rank - given.rank, self.axes.rank))
             bound = state.copy()
             bound.letters[letter] = outside = tuple(spread) if len(spread) == given.rank else trailing
         states: Iterator[State] = iter((bound,))
@@ -543,7 +452,7 @@ class Matcher:
         known = context.get(letter, state.letters.get(letter))
         if known is None:
             bound = state.copy()
-            bound.letters[letter] = tuple(range(self.rank - count, self.rank))
+            bound.letters[letter] = tuple(range(self.axes.rank - count, self.axes.rank))
             yield bound
         elif len(known) == count:
             yield state
@@ -600,8 +509,8 @@ class Matcher:
                 yield from self._summands(others, remaining, own if scale is None else scale, context, matched, place)
         if self.record and not found:
             lost = p.weight(Prod(item.coef, item.factors))
-            kinds = ", ".join(_describe_item(candidate) for candidate in given) or "nothing more"
-            for missed in self.miss(state, "operator", _describe_item(item), kinds, lost, place):
+            kinds = ", ".join(describe_item(candidate) for candidate in given) or "nothing more"
+            for missed in self.miss(state, "operator", describe_item(item), kinds, lost, place):
                 yield from self._summands(others, given, scale, context, missed, place)
 
     def _item(
@@ -628,7 +537,7 @@ class Matcher:
             if not given:
                 yield state
             else:
-                left = ", ".join(_describe_item(item) for item in given)
+                left = ", ".join(describe_item(item) for item in given)
                 yield from self.miss(state, "arity", "no further summand", left, len(given), place)
             return
         variable, others = variables[0], variables[1:]
@@ -669,10 +578,10 @@ class Matcher:
                 yield from self._bind_number(name, value, state, given.value.name)
             return
         ref = self.view.peel(given).ref
-        viewed = self.in_axes(ref.layout, variable.dims, capture.loose, context, state)
+        viewed = self.axes.view(ref.layout, variable.dims, capture.loose, context, state)
         if isinstance(viewed, str):
             yield from self.miss(
-                state, "dimension", f"{name} with axes {_spell(capture.dims)}", viewed, 1, ref.value.name
+                state, "dimension", f"{name} with axes {spell_dims(capture.dims)}", viewed, 1, ref.value.name
             )
             return
         known = state.bound.get(name)
@@ -686,168 +595,8 @@ class Matcher:
             was = known.value.name if isinstance(known, Ref) else str(known)
             yield from self.miss(state, "same value", f"{name} = {was} again", ref.value.name, 1, ref.value.name)
 
-    def in_axes(
-        self, layout: Layout, dims: Dims | None, loose: frozenset[str], context: Context, state: State
-    ) -> Layout | str:
-        """The layout in the axes of a capture, or what keeps it from being so."""
-        if not context and not state.letters and dims == self.plan.dims == (ELLIPSIS,):
-            return layout
-        order: list[int] = []
-        spans: list[tuple[int, int]] = []
-        for token in dims or (ELLIPSIS,):
-            start = len(order)
-            for letter in (token,) if isinstance(token, str) else token:
-                axes = self.positions(letter, context, state)
-                order.extend(axes)
-                if letter == ELLIPSIS or letter in loose:
-                    continue
-                for axis in axes:
-                    if not layout.depends(axis) and layout.shape[axis] != 1:
-                        return f"it is broadcast over {letter}"
-            if not isinstance(token, str):
-                spans.append((start, len(order)))
-        for axis in range(len(layout.axes)):
-            if axis not in order and layout.depends(axis):
-                return "it depends on another axis too"
-        viewed = layout.permute(order)
-        for start, stop in reversed(spans):
-            viewed = viewed.merge(start, stop)
-        return viewed
-
-
-class Spine:
-    """Follow a score back through masks and biases to the one formula it is made of.
-
-    Sums over scores are not opened as a whole: the main path is found, everything beside it is an ordered list, because
-    order matters in rows that are masked everywhere.
-    """
-
-    def __init__(self, matcher: Matcher, formula: Item, variable: p.Var, context: Context) -> None:
-        self.matcher = matcher
-        self.formula = Prod(formula.coef, formula.factors)
-        self.variable = variable
-        self.name = variable.name
-        self.context = context
-
-    def walk(self, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        """Yield the states in which `coef * ref` is the formula plus what `entries` and the way down collect."""
-        view = self.matcher.view
-        ref = view.peel(ref).ref
-        node = ref.value.producer
-        if node is None or node.domain:
-            return
-        if node.op == "Where":
-            yield from self._where(node, ref, coef, entries, state)
-        elif node.op in ring.SUMS:
-            yield from self._sum(node, ref, coef, entries, state)
-        elif node.op == "Max":
-            yield from self._clamp(node, ref, coef, entries, state)
-        elif (scaled := linear.behind(node, ref, view)) is not None:
-            yield from self.walk(scaled[0], coef * scaled[1], entries, state)
-        else:
-            given = Prod(coef, ((ref, 1.0),))
-            for matched in self.matcher.product(self.formula, given, self.context, state, ref.value.name):
-                yield from self._bind(entries, matched)
-
-    def _sum(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        view = self.matcher.view
-        operands = [view.operand(ref, node, index) for index in range(len(node.inputs))]
-        known = [operand for operand in operands if operand is not None]
-        if len(known) < len(operands):
-            place, found = node.label, "broadcasting that depends on unknown sizes"
-            yield from self.matcher.miss(
-                state, "dimension", "operands of known shape", found, 1, place, Verdict.UNKNOWN
-            )
-            return
-        signs = [-coef if node.op == "Sub" and index == 1 else coef for index in range(len(known))]
-        for index, main in enumerate(known):
-            beside = [
-                Entry("term", view.peel(other).ref, signs[position])
-                for position, other in enumerate(known)
-                if position != index
-            ]
-            yield from self.walk(main, signs[index], (*entries, *beside), state)
-
-    def _where(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        view = self.matcher.view
-        condition, yes, no = (view.operand(ref, node, index) for index in range(3))
-        if condition is None or yes is None or no is None:
-            return
-        for scores, other, keep in ((yes, no, True), (no, yes, False)):
-            fill = view.number(other.value)
-            if fill is not None:
-                entry = Entry("mask", view.peel(condition).ref, 1.0, keep, fill * coef)
-                yield from self.walk(scores, coef, (*entries, entry), state)
-
-    def _clamp(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        view = self.matcher.view
-        for index in (0, 1) if len(node.inputs) == 2 and coef > 0 else ():
-            scores, other = view.operand(ref, node, index), node.inputs[1 - index]
-            least = view.number(other) if other is not None else None
-            if scores is not None and least is not None:
-                entry = Entry("clamp", scores, 1.0, True, least * coef)
-                yield from self.walk(scores, coef, (*entries, entry), state)
-
-    def _bind(self, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        capture = self.matcher.plan.captures[self.name]
-        placed: list[Entry] = []
-        for entry in entries:
-            if entry.kind == "clamp":
-                placed.append(entry)
-                continue
-            viewed = self.matcher.in_axes(
-                entry.ref.layout, self.variable.dims, frozenset(letters_of(capture.dims or ())), self.context, state
-            )
-            if isinstance(viewed, str):
-                yield from self.matcher.miss(
-                    state, "dimension", f"{self.name} with axes {_spell(capture.dims)}", viewed, 1, entry.ref.value.name
-                )
-                return
-            placed.append(entry._replace(ref=Ref(entry.ref.value, viewed)))
-        bound = state.copy()
-        bound.bound[self.name] = tuple(placed)
-        yield bound
-
 
 # -- helpers --------------------------------------------------------------------------------------------------------
-
-
-def _split_groups(
-    layout: Layout, dims: Dims, token_index: int, axis: int
-) -> Iterator[tuple[Layout, dict[str, tuple[int, ...]]]]:
-    if token_index == len(dims):
-        yield layout, {}
-        return
-    token = dims[token_index]
-    if isinstance(token, str):
-        for following, letters in _split_groups(layout, dims, token_index + 1, axis + 1):
-            yield following, {token: (axis,), **letters}
-        return
-    sizes = [size for _, _, size in layout.axes[axis]]
-    for cut in _cuts(sizes, len(token)):
-        split = layout.split(axis, cut)
-        if split is None:
-            continue
-        for following, letters in _split_groups(split, dims, token_index + 1, axis + len(token)):
-            yield following, {**{letter: (axis + i,) for i, letter in enumerate(token)}, **letters}
-
-
-def _cuts(sizes: list[Dim], parts: int) -> Iterator[list[Dim]]:
-    """Ways to cut a list of factors into `parts` groups, groups of one or more first."""
-    if parts == 1:
-        yield [product(sizes)]
-        return
-    starts = [*range(1, len(sizes) + 1), 0]
-    for start in starts:
-        for others in _cuts(sizes[start:], parts - 1):
-            yield [product(sizes[:start]), *others]
-
-
-def _around_ellipsis(letters: tuple[str, ...]) -> tuple[list[str], bool, list[str]]:
-    if ELLIPSIS not in letters:
-        return [], False, list(letters)
-    index = letters.index(ELLIPSIS)
-    return list(letters[:index]), True, list(letters[index + 1 :])
 
 
 def _distribute(formula: tuple[Atom, float], given: Prod) -> Prod:
@@ -922,34 +671,3 @@ def _may_be_absent(argument: Prod, plan: Plan) -> bool:
 
 def _name(given: Atom) -> str:
     return given.value.name if isinstance(given, Ref) else ""
-
-
-def _spell(dims: Dims | None) -> str:
-    return " ".join(token if isinstance(token, str) else f"({' '.join(token)})" for token in dims or (ELLIPSIS,))
-
-
-def _describe(atom: Atom, exponent: float = 1.0) -> str:
-    """An atom in the words of the graph, or of the pattern."""
-    if isinstance(atom, Ref):
-        node = atom.value.producer
-        text = f"{node.op}({atom.value.name})" if node is not None else atom.value.name
-    elif isinstance(atom, p.Var | p.Op):
-        text = atom.name
-    elif isinstance(atom, Sum):
-        text = "a sum"
-    elif isinstance(atom, p.Mean | Reduce):
-        text = "a mean"
-    elif isinstance(atom, p.MatMul | Contract):
-        text = "a MatMul"
-    elif isinstance(atom, p.Softmax):
-        text = "Softmax"
-    elif isinstance(atom, p.Fused):
-        text = " or ".join(atom.pattern.readers)
-    else:
-        text = "a product"
-    return text if exponent == 1.0 else f"{text} ** {exponent:g}"
-
-
-def _describe_item(item: Item) -> str:
-    text = " * ".join(_describe(atom, exponent) for atom, exponent in item.factors)
-    return text if item.coef == 1.0 else f"{item.coef:g} * {text}"

@@ -89,6 +89,7 @@ class Plan:
         operators: every operator that may spell a part.
         height: how many of these may stand between an anchor and the root.
         weight: how many operators and captures the formula has.
+        reads: fused operators that it is made of.
         refines: the pattern that the result is a call of, opened: it matches wherever this plan does.
     """
 
@@ -102,6 +103,7 @@ class Plan:
     height: int
     weight: int
     refines: Pattern | None
+    reads: frozenset[str]
 
     @property
     def is_grouped(self) -> bool:
@@ -129,6 +131,7 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
                 max(0, _height(root) - 1),
                 weight(root),
                 builder.refines,
+                frozenset(builder.reads),
             )
         )
         decisions = [choice for choice, _ in builder.taken]
@@ -148,6 +151,7 @@ class _Builder:
         self.taken: list[tuple[int, int]] = []
         self.memo: dict[tuple[int, int], Prod] = {}
         self.refines: Pattern | None = None
+        self.reads: set[str] = set()
         self.kept = {id(expr.args[0]): index for index, expr in enumerate(pattern.kept)}
         self.kept_names = tuple(expr.args[0].name or f"kept{index}" for index, expr in enumerate(pattern.kept))
 
@@ -222,6 +226,7 @@ class _Builder:
             for name, argument in call.arguments.items()
         }
         if fused:
+            self.reads.update(callee.readers)
             return leaf(Fused(callee, tuple(arguments.items()), tuple(letters.items())))
         given = {name: number(_neutral(callee, name)) if term is None else term for name, term in arguments.items()}
         inner = _Frame(callee, given, letters)

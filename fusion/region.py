@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fusion.graph import Node, Value
-from fusion.match import Miss, State
+from fusion.state import Miss, State
 from fusion.terms import Ref
 from fusion.verdict import Verdict
 from fusion.view import View

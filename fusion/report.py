@@ -10,7 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from fusion.api import Explanation, Result
-    from fusion.match import Miss
+    from fusion.state import Miss
 
 SHOWN = 12
 """How many near misses a table shows; the JSON has all."""

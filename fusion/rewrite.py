@@ -17,9 +17,10 @@ from fusion.emit import Builder, Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
-from fusion.match import Matcher, Miss, State
+from fusion.match import Matcher
 from fusion.plan import SPELLINGS, Plan, compile_pattern
 from fusion.region import Region, region_of
+from fusion.state import Miss, State
 from fusion.targets import Target
 from fusion.terms import Ref
 from fusion.verdict import Verdict
@@ -146,18 +147,19 @@ class Rewriter:
         """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
         dirty: set[Node] | None = None
         learned = False
+        plans = self.writable
         for sweep in range(SWEEPS):
             self.outcome.sweeps = sweep + 1
             started = time.perf_counter()
-            candidates = self.candidates(self.writable, dirty)
+            candidates = self.candidates(plans, dirty)
             self.outcome.seconds["match"] += time.perf_counter() - started
             started = time.perf_counter()
             made = self._write(candidates)
             self.outcome.seconds["rewrite"] += time.perf_counter() - started
             if made:
-                dirty = _around(made)
+                dirty, plans = _around(made), self._affected(made)
             elif not learned and self._leaves_attention():
-                learned, dirty = True, None
+                learned, dirty, plans = True, None, self.writable
                 self.facts.learn()
             else:
                 break
@@ -165,6 +167,12 @@ class Rewriter:
             self._reached.clear()
         self.outcome.near.extend(self._failed.values())
         return self.outcome
+
+    def _affected(self, made: Sequence[Node]) -> list[Plan]:
+        """The plans that new nodes can make match: those that read such a node, or failed before."""
+        operators = {node.key for node in made}
+        failed = {near.pattern for near in self._failed.values()}
+        return [plan for plan in self.writable if plan.reads & operators or plan.pattern.name in failed]
 
     def _leaves_attention(self) -> bool:
         """Whether a contraction's anchor is left: only its axes may hang on equalities, which cost a pass to learn."""

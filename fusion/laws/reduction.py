@@ -40,7 +40,8 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
         return None
     if node.op == "ReduceSum":
         return multiply(number(count), leaf(Reduce("mean", view.peel(child).ref, rank)))
-    square = power(view.factor(child), 2.0)
+    # Not opened: what lies under a mean is matched in the coordinates of a value.
+    square = power(leaf(view.peel(child).ref), 2.0)
     assert square is not None, "an integer power of a finite number is defined"
     total = multiply(number(count), leaf(Reduce("mean", square, rank)))
     return power(total, 0.5) if node.op == "ReduceL2" else total

@@ -1,0 +1,117 @@
+"""The main path through scores: from a softmax back to the product of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fusion import plan as p
+from fusion.describe import spell_dims
+from fusion.graph import Node
+from fusion.language import letters_of
+from fusion.laws import linear, ring
+from fusion.state import Context, Entry, State
+from fusion.terms import Item, Prod, Ref
+from fusion.verdict import Verdict
+
+if TYPE_CHECKING:
+    from fusion.match import Matcher
+
+
+class Spine:
+    """Follow a score back through masks and biases to the one formula it is made of.
+
+    Sums over scores are not opened as a whole: the main path is found, everything beside it is an ordered list, because
+    order matters in rows that are masked everywhere.
+    """
+
+    def __init__(self, matcher: Matcher, formula: Item, variable: p.Var, context: Context) -> None:
+        self.matcher = matcher
+        self.formula = Prod(formula.coef, formula.factors)
+        self.variable = variable
+        self.name = variable.name
+        self.context = context
+
+    def walk(self, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        """Yield the states in which `coef * ref` is the formula plus what `entries` and the way down collect."""
+        view = self.matcher.view
+        ref = view.peel(ref).ref
+        node = ref.value.producer
+        if node is None or node.domain:
+            return
+        if node.op == "Where":
+            yield from self._where(node, ref, coef, entries, state)
+        elif node.op in ring.SUMS:
+            yield from self._sum(node, ref, coef, entries, state)
+        elif node.op == "Max":
+            yield from self._clamp(node, ref, coef, entries, state)
+        elif (scaled := linear.behind(node, ref, view)) is not None:
+            yield from self.walk(scaled[0], coef * scaled[1], entries, state)
+        else:
+            given = Prod(coef, ((ref, 1.0),))
+            for matched in self.matcher.product(self.formula, given, self.context, state, ref.value.name):
+                yield from self._bind(entries, matched)
+
+    def _sum(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        view = self.matcher.view
+        operands = [view.operand(ref, node, index) for index in range(len(node.inputs))]
+        known = [operand for operand in operands if operand is not None]
+        if len(known) < len(operands):
+            place, found = node.label, "broadcasting that depends on unknown sizes"
+            yield from self.matcher.miss(
+                state, "dimension", "operands of known shape", found, 1, place, Verdict.UNKNOWN
+            )
+            return
+        signs = [-coef if node.op == "Sub" and index == 1 else coef for index in range(len(known))]
+        for index, main in enumerate(known):
+            beside = [
+                Entry("term", view.peel(other).ref, signs[position])
+                for position, other in enumerate(known)
+                if position != index
+            ]
+            yield from self.walk(main, signs[index], (*entries, *beside), state)
+
+    def _where(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        view = self.matcher.view
+        condition, yes, no = (view.operand(ref, node, index) for index in range(3))
+        if condition is None or yes is None or no is None:
+            return
+        for scores, other, keep in ((yes, no, True), (no, yes, False)):
+            fill = view.number(other.value)
+            if fill is not None:
+                entry = Entry("mask", view.peel(condition).ref, 1.0, keep, fill * coef)
+                yield from self.walk(scores, coef, (*entries, entry), state)
+
+    def _clamp(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        view = self.matcher.view
+        for index in (0, 1) if len(node.inputs) == 2 and coef > 0 else ():
+            scores, other = view.operand(ref, node, index), node.inputs[1 - index]
+            least = view.number(other) if other is not None else None
+            if scores is not None and least is not None:
+                entry = Entry("clamp", scores, 1.0, True, least * coef)
+                yield from self.walk(scores, coef, (*entries, entry), state)
+
+    def _bind(self, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
+        capture = self.matcher.plan.captures[self.name]
+        placed: list[Entry] = []
+        for entry in entries:
+            if entry.kind == "clamp":
+                placed.append(entry)
+                continue
+            viewed = self.matcher.axes.view(
+                entry.ref.layout, self.variable.dims, frozenset(letters_of(capture.dims or ())), self.context, state
+            )
+            if isinstance(viewed, str):
+                yield from self.matcher.miss(
+                    state,
+                    "dimension",
+                    f"{self.name} with axes {spell_dims(capture.dims)}",
+                    viewed,
+                    1,
+                    entry.ref.value.name,
+                )
+                return
+            placed.append(entry._replace(ref=Ref(entry.ref.value, viewed)))
+        bound = state.copy()
+        bound.bound[self.name] = tuple(placed)
+        yield bound

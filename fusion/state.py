@@ -1,0 +1,68 @@
+"""What a search through a graph has bound, and what is unmet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fusion.terms import Ref
+from fusion.verdict import Verdict
+
+
+class Miss(NamedTuple):
+    """An unmet obligation.
+
+    Attributes:
+        kind: operator, arity, attribute, constant, same value, dimension, dtype, privacy, requirement or kernel.
+        text: what was expected and what was found.
+        verdict: NO, or UNKNOWN where a fact is missing.
+        weight: how much of the formula stayed unmatched.
+        place: the value or node it is about.
+    """
+
+    kind: str
+    text: str
+    verdict: Verdict
+    weight: int
+    place: str
+
+
+class Entry(NamedTuple):
+    """One part of a `rest` capture, outermost first.
+
+    Attributes:
+        kind: "term" (coef * ref is added), "mask" (where ref is not `keep`, the score becomes `fill`) or "clamp" (the
+            score is at least `fill`).
+        ref: the value, in the axes of the capture.
+    """
+
+    kind: str
+    ref: Ref
+    coef: float = 1.0
+    keep: bool = True
+    fill: float = 0.0
+
+
+Bound = Ref | float | tuple[Entry, ...]
+
+
+@dataclass(slots=True)
+class State:
+    """What one branch of the search has bound. Copied where it branches."""
+
+    bound: dict[str, Bound]
+    letters: dict[str, tuple[int, ...]]
+    kept: dict[int, Ref]
+    misses: tuple[Miss, ...] = ()
+
+    def copy(self) -> State:
+        return State(dict(self.bound), dict(self.letters), dict(self.kept), self.misses)
+
+    @property
+    def unmet(self) -> int:
+        """The weight of what is unmet."""
+        return sum(miss.weight for miss in self.misses)
+
+
+Context = Mapping[str, tuple[int, ...]]
