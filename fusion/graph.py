@@ -312,8 +312,8 @@ class Graph:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Undo every edit made inside the block if it raises."""
-        outer, done = self._undo, []
-        self._undo = done
+        done: list[Callable[[], None]] = []
+        outer, self._undo = self._undo, done
         counters = self._fresh, self._sequence
         try:
             yield
