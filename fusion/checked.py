@@ -1,0 +1,418 @@
+"""Checked rewriting: both sides of a rewrite are cut out of the model and run on the same inputs before it stays.
+
+The inputs of a cut are the values the match binds, so what is compared is the rewrite alone: on random numbers, and on
+what has caught wrong fusions before, such as rows masked everywhere, rows of tiny numbers, zeros of both signs, sizes
+of 1. Errors are measured against how the original itself answers inputs that differ in their last digits.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from itertools import islice
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from onnx import ModelProto, NodeProto, ValueInfoProto, helper, numpy_helper
+
+from fusion.apply import apply
+from fusion.compare import compare, epsilon, is_float
+from fusion.dims import Poly, evaluate, symbols
+from fusion.emit import Found, New, NewNode, Unmet
+from fusion.errors import ModelError
+from fusion.facts import Facts
+from fusion.graph import Graph, Node, Value
+from fusion.match import State
+from fusion.region import sources
+from fusion.runtime import ONNXRUNTIME, REFERENCE, Refused, Session
+from fusion.terms import Ref
+from fusion.verify import compute_precision
+
+Array = np.ndarray[Any, Any]
+Feeds = dict[str, Array]
+Sizes = Mapping[Poly, int]
+
+FED = 1 << 20
+"""Bytes above which a constant is fed instead of written into the cut: a serialized model holds 2 GB."""
+ATTEMPTS = 32
+"""How many sets of sizes are tried until the original runs."""
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)
+GROWTH = 10
+"""How often sizes are doubled where a dimension computed from them, as behind convolutions, would be empty."""
+RANDOM, ROWS, LARGE, ZEROS = KINDS = ("random", "tiny to large", "large", "zero")
+"""Kinds of inputs, as a message names them."""
+PLAIN = 1e4
+"""Magnitude from which a number is a mask's fill, and no input that may be off by a digit."""
+MISSING = ("could not find an implementation", "not a registered")
+"""What onnxruntime says of an operator that it has no kernel for on the CPU."""
+
+
+class Unchecked(Exception):
+    """The two sides cannot be compared; the message says why."""
+
+
+def apply_checked(
+    graph: Graph, found: Found, nodes: Sequence[NewNode], results: Sequence[New]
+) -> tuple[list[Node], str]:
+    """Write one match if what is written computes the same as what it replaces.
+
+    Returns:
+        The new nodes, and why the two sides could not be compared; empty where they were, and are equal.
+
+    Raises:
+        Unmet: they differ. The graph is as it was.
+    """
+    finals = [found.root, *(found.state.kept[index].value for index in sorted(found.state.kept))]
+    stops = set(sources(found.state))
+    try:
+        trial = Trial(cut(graph, found.facts, finals, stops), found.facts, _masks(found.state))
+    except Unchecked as reason:
+        return apply(graph, found, nodes, results), str(reason)
+    with graph.transaction():
+        made = apply(graph, found, nodes, results)
+        written = [value for value in finals if value.producer in made]
+        try:
+            difference = trial.difference(cut(graph, found.facts, written, stops), stops)
+        except Unchecked as reason:
+            return made, str(reason)
+        if difference:
+            operators = ", ".join(node.key for node in made)
+            raise Unmet(f"{operators}: {difference}", kind="check", place=found.root.name)
+    return made, ""
+
+
+def _masks(state: State) -> set[Value]:
+    """The values that a match adds to scores, or chooses scores with."""
+    rests = [bound for bound in state.bound.values() if isinstance(bound, tuple) and not isinstance(bound, Ref)]
+    return {entry.ref.value for rest in rests for entry in rest}
+
+
+# -- cutting ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Cut:
+    """A part of a graph as a model of its own.
+
+    Attributes:
+        model: the model.
+        inputs: the values that have to be fed, by name.
+        asked: names of those inputs of which only the shape is asked.
+        fed: constants that are fed because they are large.
+    """
+
+    model: ModelProto
+    inputs: dict[str, Value]
+    asked: set[str]
+    fed: Feeds
+
+
+def cut(graph: Graph, facts: Facts, outputs: Sequence[Value], stops: Iterable[Value]) -> Cut:
+    """Return the model that computes `outputs` from `stops`, from constants, and from what side paths read.
+
+    Where only the shape of a value is asked for, nothing behind the value is needed: it becomes an input. So does what
+    If, Loop and Scan compute. Payloads are read here, and the graph's edits need not be committed.
+
+    Raises:
+        Unchecked: the element type or the rank of an input is unknown, or a payload cannot be read.
+    """
+    return _Cutter(graph, facts, set(stops)).run(outputs)
+
+
+class _Cutter:
+    def __init__(self, graph: Graph, facts: Facts, stops: set[Value]) -> None:
+        self.graph = graph
+        self.facts = facts
+        self.stops = stops
+        self.nodes: dict[Node, None] = {}
+        self.inputs: dict[str, Value] = {}
+        self.constants: Feeds = {}
+        self.asked: list[Value] = []
+
+    def run(self, outputs: Sequence[Value]) -> Cut:
+        for output in outputs:
+            assert output.producer is not None
+            self._collect(output.producer)
+        asked: set[str] = set()
+        while self.asked:
+            value = self.asked.pop()
+            if value.producer in self.nodes or value.name in self.inputs:
+                continue
+            if self.facts.shape(value) is None:
+                self._reach(value)
+            else:
+                self.inputs[value.name] = value
+                asked.add(value.name)
+        fed = {name: array for name, array in self.constants.items() if array.nbytes > FED}
+        weights = [numpy_helper.from_array(array, name) for name, array in self.constants.items() if name not in fed]
+        inputs = [self._declared(value) for value in self.inputs.values()]
+        inputs.extend(
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in fed.items()
+        )
+        made = helper.make_graph(self._protos(), "cut", inputs, [self._declared(value) for value in outputs], weights)
+        versions = {"": 1, **dict.fromkeys((node.domain for node in self.nodes), 1), **outputs[0].scope.opsets}
+        shell = self.graph.model.proto
+        imports = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+        model = helper.make_model(made, opset_imports=imports, functions=list(shell.functions))
+        model.ir_version = shell.ir_version
+        return Cut(model, self.inputs, asked, fed)
+
+    def _collect(self, last: Node) -> None:
+        """Take in a node and what it needs."""
+        stack = [last]
+        while stack:
+            node = stack.pop()
+            if node in self.nodes:
+                continue
+            self.nodes[node] = None
+            for value in node.inputs:
+                if value is not None and node.key in ("Shape", "Size"):
+                    self.asked.append(value)
+                elif value is not None:
+                    stack.extend(self._behind(value))
+
+    def _reach(self, value: Value) -> None:
+        for node in self._behind(value):
+            self._collect(node)
+
+    def _behind(self, value: Value) -> list[Node]:
+        """The node that has to compute a value; none where it is a constant or becomes an input."""
+        if self.facts.is_constant(value):
+            if value.name not in self.constants:
+                self.constants[value.name] = self._payload(value)
+        elif value in self.stops or value.producer is None or value.producer.bodies or value.name in self.inputs:
+            self.inputs[value.name] = value
+        else:
+            return [value.producer]
+        return []
+
+    def _payload(self, value: Value) -> Array:
+        try:
+            array = self.facts.constant(value)
+        except ModelError as error:
+            raise Unchecked(str(error)) from None
+        assert array is not None
+        return array
+
+    def _declared(self, value: Value) -> ValueInfoProto:
+        dtype = self.facts.dtype(value)
+        if dtype is None or self.facts.shape(value) is None:
+            raise Unchecked(f"the {'element type' if dtype is None else 'rank'} of {value.name} is unknown")
+        return helper.make_tensor_value_info(value.name, dtype, None)
+
+    def _protos(self) -> list[NodeProto]:
+        before = {
+            node: [value.producer for value in node.inputs if value is not None and value.producer in self.nodes]
+            for node in self.nodes
+        }
+        protos = []
+        for node in TopologicalSorter(before).static_order():
+            proto = NodeProto()
+            proto.CopyFrom(node.proto)
+            proto.input[:] = ["" if value is None else value.name for value in node.inputs]
+            # One output of a Split may be an input of the cut while another one is computed.
+            names = ["" if value is None else value.name for value in node.outputs]
+            proto.output[:] = [f"{name} (not read)" if name in self.inputs else name for name in names]
+            protos.append(proto)
+        return protos
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One set of inputs, and what the original gave.
+
+    Attributes:
+        kind: of `KINDS`.
+        sizes: of the symbolic dimensions.
+        results: by name of the output.
+        slack: factor on the allowed error, from how far the last digits of the inputs move the results.
+    """
+
+    kind: str
+    sizes: Sizes
+    results: Mapping[str, Any]
+    slack: float
+
+
+class Trial:
+    """The original of a rewrite, run on several inputs.
+
+    Args:
+        before: the original, cut out.
+        facts: what is known about the values of its graph.
+        masks: the values that hide positions.
+
+    Raises:
+        Unchecked: it does not run.
+    """
+
+    def __init__(self, before: Cut, facts: Facts, masks: set[Value]) -> None:
+        self.before = before
+        self.facts = facts
+        self.masks = masks
+        self.precision = compute_precision(before.model)
+        try:
+            self.session = Session(before.model)
+        except Refused as refusal:
+            raise Unchecked(f"no runtime takes the original: {refusal}") from None
+        self.dims = [dim for value in before.inputs.values() for dim in facts.shape(value) or ()]
+        names = list(dict.fromkeys(name for dim in self.dims for name in symbols(dim)))
+        sizes = self._sizes(names)
+        ones = self._grown(dict.fromkeys(names, 1))
+        runs = [self._run(kind, sizes) for kind in KINDS]
+        if ones != sizes:
+            runs.append(self._run(RANDOM, ones))
+        self.runs = [run for run in runs if run is not None]
+        if not self.runs:
+            raise Unchecked("the last digits of the inputs decide what the original gives")
+
+    def difference(self, after: Cut, stops: set[Value]) -> str:
+        """How what was written differs from the original, in one sentence; empty where it does not.
+
+        Raises:
+            Unchecked: it cannot be run here, or reads what the original does not.
+        """
+        for name, value in after.inputs.items():
+            if name not in self.before.inputs and name not in after.asked and value not in stops:
+                raise Unchecked(f"the new nodes read {name}, which the old ones do not")
+        native = self.session.engine == ONNXRUNTIME
+        session, refusal = _loaded(after.model)
+        is_missing = any(text in refusal.lower() for text in MISSING)
+        if session is None and (is_missing or not native):
+            raise Unchecked(f"nothing here runs what was written: {refusal}")
+        if session is None or (refusal and native and not is_missing):
+            return f"onnxruntime refuses what was written: {refusal}"
+        for run in self.runs:
+            feeds = self._feeds(after, run.kind, run.sizes)
+            given = ", ".join(f"{name} {list(feeds[name].shape)}" for name in self.before.inputs if name in feeds)
+            try:
+                got = session.run(feeds)
+            except Refused as error:
+                if session.engine == REFERENCE:
+                    raise Unchecked(f"nothing here runs what was written: {error}") from None
+                return f"what was written does not run on {run.kind} inputs ({given}): {error}"
+            for name, result in got.items():
+                compared = compare(run.results[name], result, self.precision, slack=run.slack)
+                if not compared.equal:
+                    return f"on {run.kind} inputs ({given}), output {name}: {compared.reason}"
+        return ""
+
+    def _run(self, kind: str, sizes: Sizes) -> Run | None:
+        """Run the original; None where it refuses the inputs, or where their last digits make the results NaN."""
+        try:
+            feeds = self._feeds(self.before, kind, sizes)
+            results = self.session.run(feeds)
+            again = self.session.run({name: _shaken(array) for name, array in feeds.items()})
+        except (Refused, Unchecked):
+            return None
+        slack = 1.0
+        for name, result in results.items():
+            moved = compare(result, again[name], self.precision)
+            if not np.isfinite(moved.error):
+                return None
+            if moved.tolerance:
+                slack = max(slack, 2 * moved.error / moved.tolerance)
+        return Run(kind, sizes, results, slack)
+
+    # Sizes and values ------------------------------------------------------------------------------------------------
+
+    def _sizes(self, names: Sequence[Poly]) -> Sizes:
+        """Sizes of the symbols at which the original runs and gives something, distinct ones if it can be."""
+        trouble: Exception | None = None
+        for sizes in islice(self._candidates(names), ATTEMPTS):
+            try:
+                results = self.session.run(self._feeds(self.before, RANDOM, sizes))
+            except (Refused, Unchecked) as error:
+                trouble = trouble or error
+                continue
+            if all(np.size(result) for result in results.values()):
+                return sizes
+        raise Unchecked(f"no inputs were found that the original takes ({trouble or 'its results are empty'})")
+
+    def _candidates(self, names: Sequence[Poly]) -> Iterator[Sizes]:
+        same = dict.fromkeys(names, 4)
+        yield self._grown({name: PRIMES[index % len(PRIMES)] for index, name in enumerate(names)})
+        yield self._grown(same)
+        for size in (8, 0):  # the sum of two others, as past and new positions are; or no past
+            for name in names:
+                yield {**same, name: size}
+
+    def _grown(self, sizes: dict[Poly, int]) -> dict[Poly, int]:
+        """Double sizes until no dimension computed from them is empty, as those behind convolutions are at first."""
+        for _ in range(GROWTH):
+            short = {name for dim in self.dims if (evaluate(dim, sizes) or 0) < 1 for name in symbols(dim)}
+            if not short:
+                break
+            sizes = {name: size * 2 if name in short else size for name, size in sizes.items()}
+        return sizes
+
+    def _feeds(self, part: Cut, kind: str, sizes: Sizes) -> Feeds:
+        """The inputs of a cut: the same numbers for the same name."""
+        return {**part.fed, **{name: self._drawn(value, kind, sizes) for name, value in part.inputs.items()}}
+
+    def _drawn(self, value: Value, kind: str, sizes: Sizes) -> Array:
+        dims, code = self.facts.shape(value), self.facts.dtype(value)
+        assert dims is not None
+        assert code is not None
+        shape = [size for dim in dims if (size := evaluate(dim, sizes)) is not None and size >= 0]
+        if len(shape) < len(dims):
+            raise Unchecked(f"{value.name} has no size where {', '.join(f'{k} = {v}' for k, v in sizes.items())}")
+        dtype = helper.tensor_dtype_to_np_dtype(code)
+        rng = np.random.default_rng([KINDS.index(kind), zlib.crc32(value.name.encode())])
+        known = self.facts.integers(value) if not is_float(dtype) else None
+        if known is not None and list(known.shape) == shape:
+            items = [None if item is None else evaluate(item, sizes) for item in known.items]
+            return np.array([0 if item is None else item for item in items]).reshape(shape).astype(dtype)
+        if not is_float(dtype):
+            return _chosen(rng, kind, shape).astype(dtype)
+        finest = ml_dtypes.finfo(dtype)
+        if value in self.masks and kind != RANDOM:
+            fill = -np.inf if kind == ROWS else float(finest.min)
+            return np.where(_chosen(rng, kind, shape), 0.0, fill).astype(dtype)
+        numbers = rng.standard_normal(shape)
+        if kind == ZEROS:
+            numbers = np.copysign(0.0, numbers)
+        elif kind == LARGE:
+            numbers *= 8.0 if float(finest.max) < 1e6 else 30.0  # squares stay finite
+        elif kind == ROWS:
+            lowest = max(1e-6, 16.0 * float(finest.tiny))
+            numbers *= np.exp(rng.uniform(np.log(lowest), np.log(8.0), [*shape[:-1], 1][: len(shape)]))
+        return numbers.astype(dtype)
+
+
+def _chosen(rng: np.random.Generator, kind: str, shape: Sequence[int]) -> Array:
+    """Positions that are seen: some, all but those of whole rows, or all."""
+    seen = np.ones(shape, bool) if kind == ZEROS else rng.random(shape) < 0.6
+    if seen.ndim and seen.size:
+        rows = seen.reshape(-1, seen.shape[-1])
+        rows[:, 0] = True
+        if kind == LARGE:
+            rows[0] = False
+            rows[1:2] = True
+    return seen
+
+
+def _shaken(array: Array) -> Array:
+    """The array with another last digit in every number."""
+    if not is_float(array.dtype):
+        return array
+    signs = np.random.default_rng(0).choice([-2.0, 2.0], array.shape) * epsilon(array.dtype)
+    with np.errstate(invalid="ignore"):
+        wide = array.astype(np.float64)
+        return np.where(np.abs(wide) < PLAIN, wide * (1.0 + signs), wide).astype(array.dtype)
+
+
+def _loaded(model: ModelProto) -> tuple[Session | None, str]:
+    """What runs a model, and why that is not onnxruntime, or nothing."""
+    try:
+        session = Session(model)
+    except Refused as refusal:
+        return None, str(refusal)
+    return session, session.refusal
