@@ -25,9 +25,9 @@ from fusion.emit import Found, New, NewNode, Unmet
 from fusion.errors import ModelError
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
-from fusion.match import State
 from fusion.region import sources
 from fusion.runtime import ONNXRUNTIME, REFERENCE, Refused, Session
+from fusion.state import State
 from fusion.terms import Ref
 from fusion.verify import compute_precision
 

@@ -13,6 +13,7 @@ from itertools import islice
 
 from fusion import plan as p
 from fusion.apply import apply
+from fusion.checked import apply_checked
 from fusion.emit import Builder, Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
@@ -87,6 +88,8 @@ class Rewritten:
         operators: the new nodes.
         replaced: labels of the nodes it replaced.
         scope: where.
+        checked: whether both sides were run and agree; None where that was not asked for.
+        unchecked: why they could not be run; empty where they were.
     """
 
     pattern: str
@@ -94,6 +97,8 @@ class Rewritten:
     operators: tuple[str, ...]
     replaced: tuple[str, ...]
     scope: str
+    checked: bool | None = None
+    unchecked: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +133,7 @@ class Rewriter:
         graph: the index.
         patterns: what to look for.
         target: where the result must run.
-        check: run both sides of a rewrite before it is made.
+        check: run both sides of a rewrite, and undo it where they differ.
     """
 
     def __init__(self, graph: Graph, patterns: Sequence[Pattern], target: Target, *, check: bool = False) -> None:
@@ -368,10 +373,19 @@ class Rewriter:
         found = emitted.found
         scope = found.node.scope.name
         replaced = tuple(node.label for node in found.region.core)
-        nodes = apply(self.graph, found, emitted.nodes, emitted.results)
+        name, root, unchecked = found.plan.pattern.name, found.root.name, ""
+        if self.check:
+            try:
+                nodes, unchecked = apply_checked(self.graph, found, emitted.nodes, emitted.results)
+            except Unmet as unmet:
+                self._failed[name, root] = NearMiss(name, root, (unmet.miss,), found.plan.weight)
+                return []
+        else:
+            nodes = apply(self.graph, found, emitted.nodes, emitted.results)
         self.facts.recomputed([value for node in nodes for value in node.outputs if value is not None])
         operators = tuple(node.key for node in nodes)
-        self.outcome.rewritten.append(Rewritten(found.plan.pattern.name, found.root.name, operators, replaced, scope))
+        checked = not unchecked if self.check else None
+        self.outcome.rewritten.append(Rewritten(name, root, operators, replaced, scope, checked, unchecked))
         return nodes
 
     def _note(self, plan: Plan, root: Value, misses: tuple[Miss, ...]) -> None:
