@@ -324,12 +324,12 @@ class Matcher:
 
     def kept(self, atom: p.Kept, given: Ref, context: Context, state: State) -> Iterator[State]:
         """An interior value that is an output too: it must be a value of the graph, the same wherever it is used."""
-        known = state.kept.get(atom.index)
+        known = state.kept.get(atom.slot)
         if known is not None and known.value is not given.value:
             yield from self.miss(state, "same value", known.value.name, given.value.name, 1, given.value.name)
             return
         kept = state.copy()
-        kept.kept[atom.index] = given
+        kept.kept[atom.slot] = given
         yield from self.child(atom.child, given, context, kept)
 
     def operator(self, atom: p.Op, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:

@@ -57,14 +57,14 @@ class Fused(NamedTuple):
     arguments: tuple[tuple[str, Prod | None], ...]
     letters: tuple[tuple[str, tuple[str, ...]], ...]
 
-    def __hash__(self) -> int:  # type: ignore[assignment]
+    def __hash__(self) -> int:
         return id(self.pattern)
 
 
 class Kept(NamedTuple):
     """An interior value that is an output too."""
 
-    index: int
+    slot: int
     child: Prod
 
 

@@ -7,7 +7,7 @@ What is spelled is the normal form of a plan, so every pattern can be: ours, and
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -201,8 +201,8 @@ class Speller:
         if isinstance(atom, p.MatMul):
             return contraction.spell(atom, coef, self)
         if isinstance(atom, p.Kept):
-            self.kept[atom.index] = self.value(atom.child)
-            return self.kept[atom.index], coef
+            self.kept[atom.slot] = self.value(atom.child)
+            return self.kept[atom.slot], coef
         raise TypeError(f"{type(atom).__name__} cannot be spelled")
 
     def _variable(self, atom: p.Var) -> Written:
@@ -231,28 +231,42 @@ def atoms(term: Prod) -> Iterator[Atom]:
             yield from atoms(child)
 
 
-def fill_in(term: Prod, numbers: Mapping[str, float]) -> Prod:
-    """The term with numbers for some of its captures."""
+def fill_in(term: Prod, numbers: Mapping[str, float], absent: Collection[str] = ()) -> Prod:
+    """The term with numbers for some of its captures, and without some: those add 0 where they are a summand, else 1.
+
+    Raises:
+        ValueError: a power of one of the numbers is not defined.
+    """
     result = number(term.coef)
     for atom, exponent in term.factors:
-        raised = power(_filled(atom, numbers), exponent)
+        raised = power(_filled(atom, numbers, absent), exponent)
         if raised is None:
             raise ValueError(f"{atom} ** {exponent:g} is not defined with {dict(numbers)}")
         result = multiply(result, raised)
     return result
 
 
-def _filled(atom: Atom, numbers: Mapping[str, float]) -> Prod:
+def _filled(atom: Atom, numbers: Mapping[str, float], absent: Collection[str]) -> Prod:
+    def inside(term: Prod) -> Prod:
+        return fill_in(term, numbers, absent)
+
     if isinstance(atom, p.Var):
-        return number(numbers[atom.name]) if atom.name in numbers else leaf(atom)
+        given = 1.0 if atom.name in absent else numbers.get(atom.name)
+        return leaf(atom) if given is None else number(given)
     if isinstance(atom, Sum):
-        items = [fill_in(Prod(item.coef, item.factors), numbers) for item in atom.items]
-        return add(atom.const, [Item(item.coef, item.factors) for item in items])
+        terms = [inside(Prod(item.coef, item.factors)) for item in atom.items if _name(item) not in absent]
+        return add(atom.const, [Item(term.coef, term.factors) for term in terms])
     if isinstance(atom, Group):
-        inner = fill_in(atom.product, numbers)
-        return inner if inner.single is not None or not inner.factors else leaf(Group(inner))
+        product = inside(atom.product)
+        return product if product.single is not None or not product.factors else leaf(Group(product))
     if isinstance(atom, p.Op | p.Mean | p.Softmax | p.Kept):
-        return leaf(atom._replace(child=fill_in(atom.child, numbers)))
+        return leaf(atom._replace(child=inside(atom.child)))
     if isinstance(atom, p.MatMul):
-        return leaf(atom._replace(left=fill_in(atom.left, numbers), right=fill_in(atom.right, numbers)))
+        return leaf(atom._replace(left=inside(atom.left), right=inside(atom.right)))
     return leaf(atom)
+
+
+def _name(item: Item) -> str:
+    """The name of the capture that a summand is, else an empty one."""
+    single = Prod(item.coef, item.factors).single
+    return single.name if isinstance(single, p.Var) else ""

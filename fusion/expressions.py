@@ -1,0 +1,266 @@
+"""Expressions: what tracing a pattern makes; the operators that trace on expressions and compute on arrays."""
+
+from __future__ import annotations
+
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusion.captures import ELLIPSIS, Capture, Dims, letters_of, parse
+from fusion.errors import PatternError
+
+if TYPE_CHECKING:
+    from fusion.language import Pattern
+
+
+@dataclass(eq=False, slots=True)
+class Expr:
+    """A node of a traced pattern. `dims` are its axes in letters, groups opened; `tokens` the same with groups."""
+
+    kind: str
+    args: tuple[Expr, ...] = ()
+    dims: tuple[str, ...] | None = None
+    name: str = ""
+    value: float = 0.0
+    letters: tuple[str, ...] = ()
+    capture: Capture | None = None
+    call: Call | None = None
+    tokens: Dims | None = None
+
+    def __add__(self, other: Operand) -> Expr:
+        return _elementwise("add", self, other)
+
+    def __radd__(self, other: Operand) -> Expr:
+        return _elementwise("add", other, self)
+
+    def __sub__(self, other: Operand) -> Expr:
+        return self + (-as_expr(other))
+
+    def __rsub__(self, other: Operand) -> Expr:
+        return as_expr(other) + (-self)
+
+    def __neg__(self) -> Expr:
+        return _elementwise("mul", -1.0, self)
+
+    def __mul__(self, other: Operand) -> Expr:
+        return _elementwise("mul", self, other)
+
+    def __rmul__(self, other: Operand) -> Expr:
+        return _elementwise("mul", other, self)
+
+    def __truediv__(self, other: Operand) -> Expr:
+        return self * as_expr(other) ** -1.0
+
+    def __rtruediv__(self, other: Operand) -> Expr:
+        return as_expr(other) * self**-1.0
+
+    def __pow__(self, exponent: float) -> Expr:
+        if not isinstance(exponent, int | float):
+            raise misuse("an exponent is a number, not a capture")
+        return Expr("pow", (self,), self.dims, value=float(exponent))
+
+    def __matmul__(self, other: Expr) -> Expr:
+        left, right = self.dims or (), other.dims or ()
+        if len(left) < 2 or len(right) < 2 or left[-1] != right[-2]:
+            raise misuse(
+                f"@ contracts the last axis of {spell_axes(left)} with the last but one of {spell_axes(right)}; "
+                "they must be one letter"
+            )
+        batch = _merge_dims(left[:-2], right[:-2])
+        return Expr("matmul", (self, other), (*batch, left[-2], right[-1]), letters=(left[-1],))
+
+
+Operand = Expr | float | int
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A pattern used inside another one: `layer_norm(x + skip, …)`."""
+
+    pattern: Pattern
+    arguments: dict[str, Expr | None]
+    letters: dict[str, tuple[str, ...]]
+
+
+def spell_axes(dims: Sequence[str]) -> str:
+    return repr(" ".join(dims))
+
+
+def as_expr(value: Operand) -> Expr:
+    return value if isinstance(value, Expr) else Expr("const", value=float(value), dims=())
+
+
+def _merge_dims(left: tuple[str, ...], right: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of an elementwise result: the longer list, of which the shorter one must be a part, in order."""
+    longer, shorter = (left, right) if len(left) >= len(right) else (right, left)
+    position = 0
+    for letter in shorter:
+        if letter not in longer[position:]:
+            raise misuse(
+                f"{spell_axes(left)} and {spell_axes(right)} cannot be broadcast: {letter!r} is not in both, in order"
+            )
+        position = longer.index(letter, position) + 1
+    return longer
+
+
+def _elementwise(kind: str, left: Operand, right: Operand) -> Expr:
+    a, b = as_expr(left), as_expr(right)
+    return Expr(kind, (a, b), _merge_dims(a.dims or (), b.dims or ()))
+
+
+_NO_SIZES: Mapping[str, int] = MappingProxyType({})
+tracing: contextvars.ContextVar[tuple[str, int] | None] = contextvars.ContextVar("tracing", default=None)
+sizes_given: contextvars.ContextVar[Mapping[str, int]] = contextvars.ContextVar("sizes", default=_NO_SIZES)
+
+
+def misuse(message: str) -> PatternError:
+    path, line = tracing.get() or ("", 0)
+    return PatternError(message, path, line)
+
+
+# -- operators: on expressions they trace, on arrays they compute -----------------------------------------------------
+
+
+def _unary(name: str, compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(x: Any) -> Any:
+        return Expr("op", (x,), x.dims, name=name) if isinstance(x, Expr) else compute(np.asarray(x))
+
+    apply.__name__ = name.lower()
+    apply.__doc__ = f"Elementwise {name}."
+    return apply
+
+
+def _erf(x: Any) -> Any:
+    return np.vectorize(math.erf, otypes=[x.dtype])(x)
+
+
+erf = _unary("Erf", _erf)
+tanh = _unary("Tanh", np.tanh)
+exp = _unary("Exp", np.exp)
+sigmoid = _unary("Sigmoid", lambda x: 1 / (1 + np.exp(-x)))
+
+
+def sqrt(x: Any) -> Any:
+    """Square root: x ** 0.5."""
+    if isinstance(x, Expr):
+        return x**0.5
+    return math.sqrt(x) if isinstance(x, int | float) else np.sqrt(x)
+
+
+def mean(x: Any, over: str | None = None) -> Any:
+    """Mean over one letter (the last one), kept as an axis of size 1. In a pattern the letter may be several axes."""
+    if isinstance(x, Expr):
+        dims = x.dims or ()
+        letter = over or (dims[-1] if dims else "")
+        if letter not in dims or letter == ELLIPSIS:
+            raise misuse(f"mean over {letter!r}, which is no letter of {spell_axes(dims)}")
+        return Expr("reduce", (x,), dims, name="mean", letters=(letter,))
+    return np.mean(x, axis=-1, keepdims=True)
+
+
+def softmax(x: Any, over: str | None = None) -> Any:
+    """exp(x) / sum(exp(x)) over one letter (the last one)."""
+    if isinstance(x, Expr):
+        dims = x.dims or ()
+        letter = over or (dims[-1] if dims else "")
+        if letter not in dims or letter == ELLIPSIS:
+            raise misuse(f"softmax over {letter!r}, which is no letter of {spell_axes(dims)}")
+        return Expr("softmax", (x,), dims, letters=(letter,))
+    e = np.exp(x - np.max(x, axis=-1, keepdims=True))
+    return e / np.sum(e, axis=-1, keepdims=True)
+
+
+def axes(x: Any, spec: str) -> Any:
+    """Rearrange axes: `"B S (H D) -> B H S D"` splits, merges and permutes them by name.
+
+    On arrays the size of a letter that a group hides is taken from `Pattern.reference(sizes=...)`.
+    """
+    before, arrow, after = spec.partition("->")
+    if not arrow:
+        raise misuse(f"axes wants `before -> after`, not {spec!r}")
+    (source, _), (target, _) = parse(before), parse(after)
+    if sorted(letters_of(source)) != sorted(letters_of(target)):
+        raise misuse(f"axes {spec!r} must have the same letters on both sides")
+    if isinstance(x, Expr):
+        if letters_of(source) != (x.dims or ()):
+            raise misuse(f"axes {spec!r} is applied to {spell_axes(x.dims or ())}")
+        return Expr("axes", (x,), letters_of(target), tokens=target)
+    return _rearrange(np.asarray(x), source, target)
+
+
+def along(x: Any, spec: str) -> Any:
+    """The same capture read along other letters: keys of self-attention are `along(x, "B T C")` of x of `"B S C"`."""
+    if not isinstance(x, Expr):
+        return x
+    tokens, _ = parse(spec)
+    if x.kind != "var" or len(tokens) != len(x.tokens or ()):
+        raise misuse(f"along({spec!r}) reads a capture along as many other letters")
+    return Expr("var", (), letters_of(tokens), name=x.name, capture=x.capture, tokens=tokens)
+
+
+def _rearrange(array: Any, source: Dims, target: Dims) -> Any:
+    sizes: dict[str, int] = dict(sizes_given.get())
+    if ELLIPSIS in source:
+        hidden = tuple(f"{ELLIPSIS}{index}" for index in range(array.ndim - len(source) + 1))
+        source, target = _spread(source, hidden), _spread(target, hidden)
+    split: list[int] = []
+    for token, length in zip(source, array.shape, strict=True):
+        if isinstance(token, str):
+            sizes[token] = length
+            split.append(length)
+            continue
+        unknown = [letter for letter in token if letter not in sizes]
+        if len(unknown) > 1:
+            raise PatternError(f"the sizes of {', '.join(unknown)} are needed to split {token}: give `sizes=`")
+        for letter in unknown:
+            sizes[letter] = length // math.prod(sizes[other] for other in token if other != letter)
+        split.extend(sizes[letter] for letter in token)
+    order = [letters_of(source).index(letter) for letter in letters_of(target)]
+    merged = [
+        math.prod(sizes[letter] for letter in ((token,) if isinstance(token, str) else token)) for token in target
+    ]
+    return array.reshape(split).transpose(order).reshape(merged)
+
+
+def _spread(dims: Dims, letters: tuple[str, ...]) -> Dims:
+    """The spec with letters of their own in the place of `...`."""
+    index = dims.index(ELLIPSIS)
+    return (*dims[:index], *letters, *dims[index + 1 :])
+
+
+def keep(x: Any) -> Any:
+    """Mark an interior value as an output of the pattern: it may have other consumers."""
+    return Expr("keep", (x,), x.dims) if isinstance(x, Expr) else x
+
+
+def either(*choices: Any) -> Any:
+    """One of several formulas of the same value; on arrays the first one computes."""
+    if any(isinstance(choice, Expr) for choice in choices):
+        options = tuple(as_expr(choice) for choice in choices)
+        return Expr("either", options, options[0].dims)
+    return choices[0]
+
+
+def chain(x: Any, *steps: Callable[[Any], Any]) -> Any:
+    """Apply functions one after the other: chain(x, sigmoid, tanh) is tanh(sigmoid(x))."""
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def walk(expr: Expr) -> Iterator[Expr]:
+    """Every expression below `expr`, itself included, each once."""
+    seen: set[int] = set()
+    stack = [expr]
+    while stack:
+        current = stack.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        stack.extend(current.args)
