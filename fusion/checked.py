@@ -87,7 +87,7 @@ def apply_checked(
 def _masks(state: State) -> set[Value]:
     """The values that a match adds to scores, or chooses scores with."""
     rests = [bound for bound in state.bound.values() if isinstance(bound, tuple) and not isinstance(bound, Ref)]
-    return {entry.ref.value for rest in rests for entry in rest}
+    return {entry.ref.value for rest in rests for entry in rest if entry.kind != "clamp"}
 
 
 # -- cutting ----------------------------------------------------------------------------------------------------------
@@ -338,16 +338,18 @@ class Trial:
 
     def _candidates(self, names: Sequence[Poly]) -> Iterator[Sizes]:
         same = dict.fromkeys(names, 4)
-        yield self._grown({name: PRIMES[index % len(PRIMES)] for index, name in enumerate(names)})
-        yield self._grown(same)
+        primes = {name: PRIMES[index % len(PRIMES)] for index, name in enumerate(names)}
+        for least in (1, 8):  # windows and slices may need more than one
+            yield self._grown(primes, least)
+            yield self._grown(same, least)
         for size in (8, 0):  # the sum of two others, as past and new positions are; or no past
             for name in names:
                 yield {**same, name: size}
 
-    def _grown(self, sizes: dict[Poly, int]) -> dict[Poly, int]:
-        """Double sizes until no dimension computed from them is empty, as those behind convolutions are at first."""
+    def _grown(self, sizes: dict[Poly, int], least: int = 1) -> dict[Poly, int]:
+        """Double sizes until no dimension computed from them is short, as those behind convolutions are at first."""
         for _ in range(GROWTH):
-            short = {name for dim in self.dims if (evaluate(dim, sizes) or 0) < 1 for name in symbols(dim)}
+            short = {name for dim in self.dims if (evaluate(dim, sizes) or 0) < least for name in symbols(dim)}
             if not short:
                 break
             sizes = {name: size * 2 if name in short else size for name, size in sizes.items()}

@@ -21,7 +21,7 @@ from fusion.language import letters_of
 from fusion.layout import Layout
 from fusion.place import before, int64, place, shape_items, standing
 from fusion.plan import Plan
-from fusion.region import Region
+from fusion.region import Region, sources
 from fusion.state import Entry, Miss, State
 from fusion.targets import Target
 from fusion.terms import Ref
@@ -397,20 +397,13 @@ class Builder:
     def _size(self, dim: Dim) -> New:
         """One size as a tensor of shape (1,), read off a captured value that has it."""
         facts = self._found.facts
-        for source in self._sources():
+        for source in sources(self._found.state):
             for axis, own in enumerate(facts.shape(source) or ()):
                 if own == dim and before(source, self._found.node):
                     shape = self.shared("Shape", [source], None, dtype=TensorProto.INT64)
                     index = self.constant(int64([axis]), "axis")
                     return self.shared("Gather", [shape, index], (1,), dtype=TensorProto.INT64, axis=0)
         raise self.unmet(f"the size {dim} cannot be read off any captured value", self._found.root)
-
-    def _sources(self) -> Iterable[Value]:
-        for bound in self._found.state.bound.values():
-            if isinstance(bound, Ref):
-                yield bound.value
-            elif not isinstance(bound, float):
-                yield from (entry.ref.value for entry in bound)
 
     def in_root_axes(self, result: New) -> New:
         """The result with its axes in the order of the root, where the letters of the pattern stand in another."""

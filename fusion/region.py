@@ -87,13 +87,13 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
 
 
 def sources(state: State) -> list[Value]:
-    """The values a match binds."""
+    """The values a match binds. A clamp binds none: it is about the scores themselves."""
     bound: list[Value] = []
     for capture in state.bound.values():
         if isinstance(capture, Ref):
             bound.append(capture.value)
         elif not isinstance(capture, float):
-            bound.extend(entry.ref.value for entry in capture)
+            bound.extend(entry.ref.value for entry in capture if entry.kind != "clamp")
     return bound
 
 
