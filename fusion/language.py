@@ -152,17 +152,21 @@ class Pattern:
         for name in self.captures:
             if name not in used:
                 raise misuse(f"capture {name!r} of {self.name} is never used{_suggest(name, used)}")
-        known = set(self.result.dims or ())
         for output in outputs:
             for expr in walk(output):
-                known.update(expr.letters)
-                if expr.call is not None:
-                    known.update(letter for bound in expr.call.letters.values() for letter in bound)
-        for name, capture in self.captures.items():
-            for letter in letters_of(capture.dims or ()):
-                if letter not in known:
+                self._check_groups(expr)
+
+    def _check_groups(self, expr: Expr) -> None:
+        """A group of a capture must be split before its letters mean anything."""
+        if expr.kind in ("axes", "call", "keep"):
+            return
+        for arg in expr.args:
+            for token in arg.tokens or () if arg.kind == "var" else ():
+                if not isinstance(token, str):
+                    group = f"({' '.join(token)})"
                     raise misuse(
-                        f"dimension {letter!r} of capture {name!r} never binds in {self.name}{_suggest(letter, known)}"
+                        f"dimension {token[0]!r} of capture {arg.name!r} never binds in {self.name}: "
+                        f"split {group} with axes(...) before computing with it"
                     )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
