@@ -119,7 +119,8 @@ def optimize(
         target: where the result must run, e.g. "ort-cpu" or "onnx".
         when: "legal" fuses whatever is equal and has a kernel.
         patterns: patterns or names of library patterns; all of the library by default.
-        check: run both sides of every rewrite before it is made, and refuse those that differ.
+        check: run both sides of every rewrite on the same inputs, and undo those that differ: they are among the near
+            misses then. A rewrite that cannot be run on its own stays, and says why in `Rewritten.unchecked`.
 
     Raises:
         ModelError: the source is no valid model.

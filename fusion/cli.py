@@ -94,7 +94,7 @@ def optimize(
         list[str] | None, typer.Option("--pattern", metavar="NAME", help="Use this pattern only; may be repeated.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Run every rewrite, before and after, and refuse what differs.")
+        bool, typer.Option("--check", help="Run both sides of every rewrite, and undo what differs.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

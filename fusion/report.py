@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from fusion.api import Explanation, Result
+    from fusion.rewrite import NearMiss
     from fusion.state import Miss
 
 SHOWN = 12
@@ -37,15 +38,32 @@ def print_result(result: Result, console: Console | None = None) -> None:
     else:
         out.print("nothing was fused")
     out.print(f"{result.nodes_before} nodes before, {result.nodes_after} after; {_seconds(result.timings)}")
+    _print_checks(result, out)
     if result.near_misses:
         missed = Table(title="nearly, but not", title_justify="left")
         for column in ("pattern", "at", "because"):
             missed.add_column(column, overflow="fold")
-        for near in result.near_misses[:SHOWN]:
+        for near in sorted(result.near_misses, key=lambda near: not _is_refused(near))[:SHOWN]:
             missed.add_row(near.pattern, near.root, _because(near.misses))
         out.print(missed)
         if len(result.near_misses) > SHOWN:
             out.print(f"and {len(result.near_misses) - SHOWN} more: see `fusion why`")
+
+
+def _print_checks(result: Result, out: Console) -> None:
+    """Print how many rewrites were run before and after, which were undone, and which could not be run."""
+    checked = sum(match.checked is True for match in result.matches)
+    unchecked = [match for match in result.matches if match.checked is False]
+    refused = sum(_is_refused(near) for near in result.near_misses)
+    if checked or unchecked or refused:
+        counts = {"checked": checked, "not checked": len(unchecked), "refused": refused}
+        out.print(", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "checked"))
+    for match in unchecked[:SHOWN]:
+        out.print(f"not checked: {match.pattern} at {match.root}: {match.unchecked}", markup=False)
+
+
+def _is_refused(near: NearMiss) -> bool:
+    return any(miss.kind == "check" for miss in near.misses)
 
 
 def print_explanation(explanation: Explanation, console: Console | None = None) -> None:
@@ -78,6 +96,8 @@ def result_to_dict(result: Result) -> dict[str, Any]:
                 "scope": match.scope,
                 "operators": list(match.operators),
                 "replaced": list(match.replaced),
+                "checked": match.checked,
+                "unchecked": match.unchecked,
             }
             for match in result.matches
         ],

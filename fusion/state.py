@@ -14,7 +14,8 @@ class Miss(NamedTuple):
     """An unmet obligation.
 
     Attributes:
-        kind: operator, arity, attribute, constant, same value, dimension, dtype, privacy, requirement or kernel.
+        kind: operator, arity, attribute, constant, same value, dimension, dtype, privacy, requirement, kernel or
+            check.
         text: what was expected and what was found.
         verdict: NO, or UNKNOWN where a fact is missing.
         weight: how much of the formula stayed unmatched.
