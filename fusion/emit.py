@@ -289,9 +289,9 @@ class Builder:
         return New(self._found.dtype, parts=tuple(parts), axis=axis)
 
     def broadcast(self, captured: Captured) -> Operand:
-        """A capture that may lack its first axis, or have it as 1, where it is broadcast over it."""
+        """A capture of three axes that may lack the first one, or have it as 1, where it is broadcast over it."""
         layout = captured.ref.layout
-        if layout.depends(0) or layout.shape[0] == 1:
+        if len(layout.axes) != 3 or layout.depends(0) or layout.shape[0] == 1:
             return self._operand(captured)
         single = Layout(((), *layout.axes[1:]), layout.offsets, layout.source)
         missing = Layout(layout.axes[1:], layout.offsets, layout.source)

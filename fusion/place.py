@@ -28,9 +28,18 @@ REACH = 48
 def standing(view: View, ref: Ref, dtype: int | None, at: Node) -> Value | None:
     """The value computed before `at` that lies exactly as `ref` says, in this dtype; None where there is none."""
     for value, layout in _rearranged(view, ref.value, at):
-        if layout == ref.layout and (dtype is None or view.facts.dtype(value) == dtype):
+        same = layout == ref.layout or (value is ref.value and _is_whole(ref.layout))
+        if same and (dtype is None or view.facts.dtype(value) == dtype):
             return value
     return None
+
+
+def _is_whole(layout: Layout) -> bool:
+    """Whether the layout is the source as it lies, also where sizes are equal by proof and not by name."""
+    return len(layout.axes) == len(layout.source) and all(
+        layout.whole(axis) == axis or (not factors and layout.source[axis] == 1)
+        for axis, factors in enumerate(layout.axes)
+    )
 
 
 def _rearranged(view: View, source: Value, at: Node) -> Iterator[tuple[Value, Layout]]:
