@@ -68,7 +68,7 @@ def apply_checked(
     finals = [found.root, *(found.state.kept[index].value for index in sorted(found.state.kept))]
     stops = set(sources(found.state))
     try:
-        trial = Trial(cut(graph, found.facts, finals, stops), found.facts, _masks(found.state))
+        trial = Trial(cut(graph, found.facts, finals, stops), found.facts, found.state)
     except Unchecked as reason:
         return apply(graph, found, nodes, results), str(reason)
     with graph.transaction():
@@ -247,16 +247,19 @@ class Trial:
     Args:
         before: the original, cut out.
         facts: what is known about the values of its graph.
-        masks: the values that hide positions.
+        state: what the match bound.
 
     Raises:
         Unchecked: it does not run.
     """
 
-    def __init__(self, before: Cut, facts: Facts, masks: set[Value]) -> None:
+    def __init__(self, before: Cut, facts: Facts, state: State) -> None:
         self.before = before
         self.facts = facts
-        self.masks = masks
+        self.masks = _masks(state)
+        # An epsilon is seen only where squares are as small as it is.
+        numbers = [number for number in state.bound.values() if isinstance(number, float) and 0 < number < 1]
+        self.magnitudes = [*np.sqrt(numbers), 8.0, 0.1, 1e-3, 1e-5]
         self.precision = compute_precision(before.model)
         try:
             self.session = Session(before.model)
@@ -384,8 +387,9 @@ class Trial:
         elif kind == LARGE:
             numbers *= 8.0 if float(finest.max) < 1e6 else 30.0  # squares stay finite
         elif kind == ROWS:
-            lowest = max(1e-6, 16.0 * float(finest.tiny))
-            numbers *= np.exp(rng.uniform(np.log(lowest), np.log(8.0), [*shape[:-1], 1][: len(shape)]))
+            rows = [*shape[:-1], 1][: len(shape)]
+            magnitudes = np.maximum(np.resize(self.magnitudes, rows), 16.0 * float(finest.tiny))
+            numbers *= magnitudes
         return numbers.astype(dtype)
 
 
