@@ -36,6 +36,7 @@ class _Application:
         kept = [value.producer for value in finals[1:] if value.producer is not None]
         at = min([found.node, *kept], key=lambda node: node.position)
         made: list[Node] = []
+        read = {id(operand) for new in nodes for operand in new.inputs}
         for new in nodes:
             inputs = [self.value(operand) for operand in new.inputs]
             if new.shared:
@@ -43,7 +44,11 @@ class _Application:
                 continue
             outputs: list[str | Value | None] = []
             for output in new.outputs:
-                outputs.append(targets.get(id(output)) or self.graph.fresh(f"{found.root.name}_{new.op}"))
+                target = targets.get(id(output))
+                if target is not None:
+                    outputs.append(target if target is found.root or self._is_wanted(target) else None)
+                else:
+                    outputs.append(self.graph.fresh(f"{found.root.name}_{new.op}") if id(output) in read else None)
             name = self.graph.fresh(f"{found.plan.pattern.name}_{found.root.name}")
             node = self._add(new, inputs, outputs, at, name)
             for output, value in zip(new.outputs, node.outputs, strict=True):
@@ -51,10 +56,31 @@ class _Application:
                     self.values[id(output)] = value
             self._say_where_from(node)
             made.append(node)
+        self.graph.remove_dead([*region.core, *region.prefix, *self._idle()])
         for value in finals[1:]:
             assert value.producer in made or not value.uses, "a kept value has a new producer"
-        self.graph.remove_dead([*region.core, *region.prefix])
         return made
+
+    def _is_wanted(self, value: Value) -> bool:
+        """Whether somebody outside the region reads a kept value; kernels compute optional outputs only if asked."""
+        region = self.found.region
+        return value.is_output or any(
+            reader not in region.core
+            and (reader not in region.prefix or any(map(self._is_wanted, filter(None, reader.outputs))))
+            for reader in value.uses
+        )
+
+    def _idle(self) -> list[Node]:
+        """The readers of private values outside the region; a match is only there if they are of no use but to it."""
+        inside = {*self.found.region.core, *self.found.region.prefix}
+        idle: dict[Node, None] = {}
+        private = [value for node in self.found.region.core for value in node.outputs]
+        for value in private:
+            for reader in value.uses if value is not None else ():
+                if reader not in inside and reader not in idle:
+                    idle[reader] = None
+                    private.extend(reader.outputs)
+        return list(idle)
 
     def value(self, operand: Operand) -> Value | None:
         """The value of an operand; a new constant is added, or found where an equal one was added before."""
