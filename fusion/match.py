@@ -54,11 +54,14 @@ class Matcher:
         self.limit = 0
         self._root: Value | None = None
         self._tolerance = 0.0
+        self._place = ""
         self._arity: dict[int, tuple[Factors, tuple[int, int]]] = {}
 
     def match(self, value: Value) -> Iterator[tuple[Ref, State]]:
         """Yield the ways the plan matches at `value`: its reference with the axes split as the result names them."""
         root = self.view.root(value)
+        self._root, self._tolerance = value, 0.0
+        self.steps, self.limit = 0, self.plan.weight
         if root is None:
             state = State({}, {}, {})
             for missed in self.miss(
@@ -72,8 +75,6 @@ class Matcher:
             ):
                 yield Ref(value, Layout.identity(())), missed
             return
-        self._root, self._tolerance = value, 0.0
-        self.steps, self.limit = 0, self.plan.weight
         for ref, letters in self.axes.split(root, self.view):
             self.axes.rank = len(ref.layout.axes)
             start = State({}, letters, {})
@@ -141,6 +142,7 @@ class Matcher:
                 yield from self.product(Prod(core.coef, core.factors), given, context, state, place)
         if not self.record and not self._may_fit(term, given):
             return
+        self._place = place or self._place
         scalar: tuple[str, float] | None = None
         variables: list[tuple[p.Var, float]] = []
         formulas: list[tuple[Atom, float]] = []
@@ -284,7 +286,7 @@ class Matcher:
                 yield from _unscaled(self.kept(atom, given, context, state))
         elif isinstance(atom, Sum):
             for term, scale in _sums(given, self.view):
-                yield from self._scale(self.sum(atom, term, context, state, _name(given)), scale)
+                yield from self._scale(self.sum(atom, term, context, state, self._name(given)), scale)
         elif isinstance(atom, p.Mean):
             for reduction, scale in _of_kind(given, self.view, Reduce):
                 if reduction.kind == "mean":
@@ -300,6 +302,10 @@ class Matcher:
                 yield from _unscaled(self.softmax(atom, node, given, context, state))
             elif isinstance(atom, p.Fused) and node is not None:
                 yield from _unscaled(self.fused(atom, node, given, context, state))
+
+    def _name(self, given: Atom) -> str:
+        """The value a factor is, or the one that was being matched when it was met."""
+        return given.value.name if isinstance(given, Ref) else self._place
 
     def _scale(self, found: Iterator[tuple[State, float]], scale: float) -> Iterator[tuple[State, float]]:
         for state, own in found:
@@ -317,9 +323,9 @@ class Matcher:
         if isinstance(single, Sum):
             for atom, exponent in expanded.factors if len(expanded.factors) == 1 else ():
                 if exponent == 1.0 and isinstance(atom, Sum):
-                    yield from self._scale(self.sum(single, atom, context, state, _name(given)), expanded.coef)
+                    yield from self._scale(self.sum(single, atom, context, state, self._name(given)), expanded.coef)
             return
-        for matched in self.product(term, expanded, context, state, _name(given)):
+        for matched in self.product(term, expanded, context, state, self._name(given)):
             yield matched, 1.0
 
     def kept(self, atom: p.Kept, given: Ref, context: Context, state: State) -> Iterator[State]:
@@ -527,11 +533,21 @@ class Matcher:
         self, term: Sum, given: list[Item], scale: float, context: Context, state: State, place: str
     ) -> Iterator[State]:
         """Bind the captures of a sum to the summands that are left."""
-        variables = [v for item in term.items if (v := _variable(item)) is not None and self._kind(item) != "scalar"]
+        variables = [
+            (variable, item.coef)
+            for item in term.items
+            if (variable := _variable(item)) is not None and self._kind(item) != "scalar"
+        ]
         yield from self._bind_addends(variables, given, scale, context, state, place)
 
     def _bind_addends(
-        self, variables: list[p.Var], given: list[Item], scale: float, context: Context, state: State, place: str
+        self,
+        variables: list[tuple[p.Var, float]],
+        given: list[Item],
+        scale: float,
+        context: Context,
+        state: State,
+        place: str,
     ) -> Iterator[State]:
         if not variables:
             if not given:
@@ -540,10 +556,10 @@ class Matcher:
                 left = ", ".join(describe_item(item) for item in given)
                 yield from self.miss(state, "arity", "no further summand", left, len(given), place)
             return
-        variable, others = variables[0], variables[1:]
+        (variable, coef), others = variables[0], variables[1:]
         name = variable.name
         for index, item in enumerate(given):
-            if item.origin is None or not self._close(item.share, scale):
+            if item.origin is None or not self._close(item.share, scale * coef):
                 continue
             remaining = given[:index] + given[index + 1 :]
             for bound in self.bind(variable, item.origin, context, state):
@@ -667,7 +683,3 @@ def _variable(item: Item) -> p.Var | None:
 def _may_be_absent(argument: Prod, plan: Plan) -> bool:
     single = argument.single
     return isinstance(single, p.Var) and plan.captures[single.name].kind == "optional"
-
-
-def _name(given: Atom) -> str:
-    return given.value.name if isinstance(given, Ref) else ""
