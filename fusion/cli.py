@@ -50,7 +50,7 @@ TargetName = Annotated[str, typer.Option("--target", metavar="NAME", help="Where
 def main() -> None:
     """Run the command; errors of ours become one sentence on standard error and exit code 2."""
     try:
-        app()
+        app(prog_name="fusion")
     except FusionError as error:
         # Not through rich: names in brackets are no markup, and a long sentence is one line for whoever greps it.
         print(f"fusion: {error}", file=sys.stderr)

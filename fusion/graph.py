@@ -476,23 +476,6 @@ class Graph:
         del scope.values[value.name]
         self._journal(scope, lambda: scope.values.__setitem__(value.name, value))
 
-    def replace_uses(self, old: Value, new: Value) -> None:
-        """Let every consumer of `old` read `new`; a graph output keeps its name, see `add_node`."""
-        old_uses, new_uses = old.uses, dict(new.uses)
-        inputs = {node: node.inputs for node in old_uses}
-        for node, count in old_uses.items():
-            node.inputs = [new if value is old else value for value in node.inputs]
-            new.uses[node] = new.uses.get(node, 0) + count
-            self._touch(node.scope)
-        old.uses = {}
-
-        def undo() -> None:
-            for node, before in inputs.items():
-                node.inputs = before
-            old.uses, new.uses = old_uses, new_uses
-
-        self._journal(old.scope, undo)
-
     def import_opset(self, domain: str, version: int) -> None:
         """Import an operator domain that the model does not import yet."""
         main = self.main

@@ -1,6 +1,6 @@
 """Write a synthetic graph: many erf-Gelus among other nodes, for timing the rewriter without a model.
 
-    python tools/synthetic.py OUT.onnx [--gelus 10000] [--nodes 100000]
+python tools/synthetic.py OUT.onnx [--gelus 10000] [--nodes 100000]
 """
 
 from __future__ import annotations
