@@ -149,7 +149,7 @@ class _Builder:
         self.pattern = pattern
         self.decisions = decisions
         self.taken: list[tuple[int, int]] = []
-        self.memo: dict[tuple[int, int], Prod] = {}
+        self.memo: dict[tuple[int, _Frame], Prod] = {}
         self.refines: Pattern | None = None
         self.reads: set[str] = set()
         self.kept = {id(expr.args[0]): index for index, expr in enumerate(pattern.kept)}
@@ -174,7 +174,7 @@ class _Builder:
         return term
 
     def term(self, expr: Expr, frame: _Frame) -> Prod:
-        key = (id(expr), id(frame))
+        key = (id(expr), frame)  # the frame itself: an id may be given again once its owner is gone
         known = self.memo.get(key)
         if known is None:
             known = self.memo[key] = self._term(expr, frame)
