@@ -424,6 +424,10 @@ class Builder:
             version = 1 if node.domain else self._found.opset
             dtypes = [self._dtype(operand) for operand in node.inputs]
             reason = target.refuses(node.op, node.domain, version, dtypes, node.outputs[0].dtype)
+            if reason is None and TensorProto.DOUBLE in dtypes:
+                route = target.route(node.op, node.domain, version, dtypes, node.outputs[0].dtype)
+                if route == "expanded":
+                    reason = f"{node.op} has no kernel for double: it would be computed in float"
             if reason is not None:
                 raise Unmet(reason, kind="kernel", place=self._found.root.name)
 
