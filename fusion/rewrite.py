@@ -20,7 +20,7 @@ from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
 from fusion.match import Matcher
 from fusion.plan import SPELLINGS, Plan, compile_pattern
-from fusion.region import Region, region_of
+from fusion.region import Region, region_of, sources
 from fusion.state import Miss, State
 from fusion.targets import Target
 from fusion.terms import Ref
@@ -165,7 +165,7 @@ class Rewriter:
                 dirty, plans = _around(made), self._affected(made)
             elif not learned and self._leaves_attention():
                 learned, dirty, plans = True, None, self.writable
-                self.facts.learn()
+                self._learn()
             else:
                 break
             self.view.forget()
@@ -178,6 +178,11 @@ class Rewriter:
         operators = {node.key for node in made}
         failed = {near.pattern for near in self._failed.values()}
         return [plan for plan in self.writable if plan.reads & operators or plan.pattern.name in failed]
+
+    def _learn(self) -> None:
+        """Learn equalities of sizes; the second pass needs what the first one found."""
+        self.facts.learn()
+        self.facts.learn()
 
     def _leaves_attention(self) -> bool:
         """Whether a contraction's anchor is left: only its axes may hang on equalities, which cost a pass to learn."""
@@ -213,7 +218,7 @@ class Rewriter:
         chosen: list[tuple[Candidate, tuple[Miss, ...]]] = []
         taken: set[Node] = set()
         if self._leaves_attention():
-            self.facts.learn()
+            self._learn()
         for candidate in self.candidates(self.plans):
             if not taken.isdisjoint(candidate.region.core):
                 continue
@@ -330,6 +335,10 @@ class Rewriter:
         for candidate in candidates:
             if not taken.isdisjoint(candidate.region.core):
                 continue
+            if made and _is_stale(candidate):
+                taken.update(candidate.region.core)
+                made.extend(candidate.region.core)  # to be matched anew in the next sweep, before what is less
+                continue
             emitted = self._emit(candidate)
             nodes = self._apply(emitted) if isinstance(emitted, Emitted) else []
             if nodes:
@@ -367,7 +376,9 @@ class Rewriter:
         for ref, state in islice(others, 1, CHOICES):
             region = region_of(self.view, candidate.root, state)
             if isinstance(region, Region) and set(region.core) <= set(candidate.region.core):
-                yield Candidate(candidate.plan, candidate.root, ref, state, region)
+                choice = Candidate(candidate.plan, candidate.root, ref, state, region)
+                if not _is_stale(choice):
+                    yield choice
 
     def _apply(self, emitted: Emitted) -> list[Node]:
         found = emitted.found
@@ -422,6 +433,11 @@ def plans_of(pattern: Pattern) -> list[Plan]:
     if known is None:
         known = _plans[id(pattern)] = (pattern, compile_pattern(pattern))
     return known[1]
+
+
+def _is_stale(candidate: Candidate) -> bool:
+    """Whether a rewrite of this sweep removed a value that the match has bound."""
+    return any(value.scope.values.get(value.name) is not value for value in sources(candidate.state))
 
 
 def _around(nodes: Iterable[Node]) -> set[Node]:
