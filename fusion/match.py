@@ -377,7 +377,8 @@ class Matcher:
                 state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1, node.label
             )
         for current in states:
-            yield from self.child(atom.child, _without_maximum(Ref(operand, given.layout), self.view), context, current)
+            scores = _without_maximum(Ref(operand, given.layout), self.view, positions)
+            yield from self.child(atom.child, scores, context, current)
 
     def mean(self, atom: p.Mean, given: Reduce, context: Context, state: State) -> Iterator[State]:
         """A mean; inside it the letters stand for the axes reduced."""
@@ -651,8 +652,8 @@ def _of_kind(given: Atom, view: View, kind: type[K]) -> Iterator[tuple[K, float]
             yield term.factors[0][0], term.coef
 
 
-def _without_maximum(ref: Ref, view: View) -> Ref:
-    """x where `ref` is x - max(x), which a softmax does not see."""
+def _without_maximum(ref: Ref, view: View, positions: list[int]) -> Ref:
+    """x where `ref` is x - max(x), the same along these axes, which a softmax over them does not see."""
     single = view.expand(ref).single
     if isinstance(single, Sum) and single.const == 0.0 and len(single.items) == 2:
         for kept, maximum in (single.items, single.items[::-1]):
@@ -662,7 +663,9 @@ def _without_maximum(ref: Ref, view: View) -> Ref:
                 reduced = view.expand(subtracted).single
             if kept.origin is not None and kept.coef == 1.0 and maximum.coef == -1.0 and isinstance(reduced, Reduce):
                 inner = reduced.child
-                if reduced.kind == "max" and isinstance(inner, Ref) and inner.value is view.peel(kept.origin).ref.value:
+                if reduced.kind != "max" or not isinstance(inner, Ref) or any(map(inner.layout.depends, positions)):
+                    continue
+                if inner.value is view.peel(kept.origin).ref.value:
                     return kept.origin
     return ref
 
