@@ -243,7 +243,7 @@ def operators(model: ModelProto) -> Counter[str]:
 
 def numbers(*shape: int, seed: int = 0, dtype: int = FLOAT, scale: float = 1.0) -> np.ndarray:
     """Numbers around 0."""
-    return (np.random.default_rng(seed).standard_normal(shape) * scale).astype(FLOATS[dtype])
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape) * scale, FLOATS[dtype])
 
 
 # Formulas ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,477 @@
+"""Layer and RMS normalization: every trap of the field, each equal to what it was or left alone, never wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from building import DOUBLE, FLOAT, FLOATS, HALF, Build, layer_norm, misses, numbers, operators, run, same
+
+NORMED = {"layer_norm": 1}
+
+
+def rms_norm(b: Build, x: str, scale=None, eps: float = 1e-5, axes=(-1,)) -> str:
+    """x / sqrt(mean(x²) + eps), scaled."""
+    result = b.div(x, b.sqrt(b.add(b.mean(b.pow(x, 2.0), axes), eps)))
+    return result if scale is None else b.mul(result, scale)
+
+
+def reference(x, scale=1.0, bias=0.0, eps=1e-5, axes=(-1,)):
+    """Layer normalization in numpy, in doubles."""
+    x = x.astype(np.float64)
+    centred = x - x.mean(axes, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axes, keepdims=True) + eps) * scale + bias
+
+
+# Spellings --------------------------------------------------------------------------------------------------------
+
+CENTRED = {
+    "pow": lambda b, d: b.pow(d, 2.0),
+    "product": lambda b, d: b.mul(d, d),
+}
+ROOTS = {
+    "div sqrt": lambda b, d, v: b.div(d, b.sqrt(v)),
+    "mul reciprocal sqrt": lambda b, d, v: b.mul(b.reciprocal(b.sqrt(v)), d),
+    "one over sqrt": lambda b, d, v: b.mul(d, b.div(1.0, b.sqrt(v))),
+    "pow half": lambda b, d, v: b.div(d, b.pow(v, 0.5)),
+    "pow minus half": lambda b, d, v: b.mul(d, b.pow(v, -0.5)),
+    "sqrt reciprocal": lambda b, d, v: b.mul(d, b.sqrt(b.reciprocal(v))),
+}
+
+
+@pytest.mark.parametrize("square", CENTRED)
+@pytest.mark.parametrize("root", ROOTS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_layer_norm_in_every_spelling_computes_the_formula(square, root, swapped):
+    b = Build()
+    x = b.input("x", ["B", "S", 5])
+    gamma, beta = numbers(5, seed=1), numbers(5, seed=2)
+    d = b.sub(x, b.mean(x))
+    variance = b.mean(CENTRED[square](b, d))
+    shifted = b.add(1e-3, variance) if swapped else b.add(variance, 1e-3)
+    normed = ROOTS[root](b, d, shifted)
+    scaled = b.mul(gamma, normed) if swapped else b.mul(normed, gamma)
+    y = b.add(beta, scaled) if swapped else b.add(scaled, beta)
+    feed = {"x": numbers(2, 3, 5)}
+    result = same(b.model(y), feed)
+    assert result.counts == NORMED
+    assert operators(result.model) == {"LayerNormalization": 1}
+    (got,) = run(result.model, feed).values()
+    np.testing.assert_allclose(got, reference(feed["x"], gamma, beta, 1e-3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-1, 1e-3, 1e-5, 1e-12])
+@pytest.mark.parametrize("by", ["initializer", "constant node", "computed"])
+def test_epsilon_is_read_and_never_defaulted(eps, by):
+    """Small numbers go in, so that epsilon matters."""
+    b = Build()
+    x = b.input("x", ["B", 5])
+    if by == "initializer":
+        number = b.number(eps, (1,))
+    elif by == "constant node":
+        number = b.node("Constant", value_float=eps)
+    else:
+        number = b.mul(eps * 4, 0.25)
+    d = b.sub(x, b.mean(x))
+    y = b.div(d, b.sqrt(b.add(number, b.mean(b.mul(d, d)))))
+    feed = {"x": numbers(4, 5, scale=float(np.sqrt(eps)))}
+    result = same(b.model(y), feed)
+    assert result.counts == NORMED
+    (node,) = result.model.graph.node
+    (attribute,) = [attribute for attribute in node.attribute if attribute.name == "epsilon"]
+    assert attribute.f == pytest.approx(eps, rel=1e-6)
+
+
+@pytest.mark.parametrize("eps", [-1e-3, 0.0])
+def test_an_epsilon_that_is_none(eps):
+    b = Build()
+    same(b.model(layer_norm(b, b.input("x", ["B", 5]), eps=eps)), {"x": numbers(4, 5)})
+
+
+def test_no_epsilon_at_all():
+    b = Build()
+    x = b.input("x", ["B", 5])
+    d = b.sub(x, b.mean(x))
+    result = same(b.model(b.div(d, b.sqrt(b.mean(b.mul(d, d))))), {"x": numbers(4, 5)})
+    assert result.counts in (NORMED, {})
+
+
+def test_an_epsilon_along_an_axis_is_no_number():
+    b = Build()
+    x = b.input("x", ["B", 5])
+    d = b.sub(x, b.mean(x))
+    eps = np.array([[0.1], [0.2], [0.3], [0.4]], np.float32)
+    result = same(b.model(b.div(d, b.sqrt(b.add(b.mean(b.mul(d, d)), eps)))), {"x": numbers(4, 5)})
+    assert result.counts == {}
+
+
+@pytest.mark.parametrize("eps", [1e-1, 1e-3])
+def test_an_epsilon_outside_the_root_is_another_function(eps):
+    b = Build()
+    x = b.input("x", ["B", 5])
+    d = b.sub(x, b.mean(x))
+    result = same(b.model(b.div(d, b.add(b.sqrt(b.mean(b.mul(d, d))), eps))), {"x": numbers(4, 5, scale=0.1)})
+    assert result.counts == {}
+
+
+# Axes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+def test_means_that_drop_their_axis_do_not_line_up(opset):
+    """Square, so that the broadcast runs: the mean of row i is taken from column i (trap N1)."""
+    b = Build(opset)
+    x = b.input("x", [5, 5])
+    d = b.sub(x, b.mean(x, keepdims=0))
+    y = b.div(d, b.sqrt(b.add(b.mean(b.mul(d, d), keepdims=0), 1e-3)))
+    assert same(b.model(b.mul(y, numbers(5, seed=1))), {"x": numbers(5, 5)}).counts == {}
+
+
+def test_rms_that_drops_its_axis_does_not_line_up():
+    b = Build()
+    x = b.input("x", [5, 5])
+    y = b.div(x, b.sqrt(b.add(b.mean(b.mul(x, x), keepdims=0), 1e-3)))
+    assert same(b.model(b.mul(y, numbers(5, seed=1))), {"x": numbers(5, 5)}).counts == {}
+
+
+def test_a_dropped_axis_that_is_put_back_is_fine():
+    b = Build()
+    x = b.input("x", [5, 5])
+    d = b.sub(x, b.unsqueeze(b.mean(x, keepdims=0), [1]))
+    variance = b.unsqueeze(b.mean(b.mul(d, d), keepdims=0), [-1])
+    result = same(b.model(b.div(d, b.sqrt(b.add(variance, 1e-3)))), {"x": numbers(5, 5)})
+    assert result.counts == NORMED
+
+
+@pytest.mark.parametrize("opset", [11, 17, 18])
+@pytest.mark.parametrize("affine", ["", "scale", "bias", "scale bias"])
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_a_vector_alone(opset, affine, norm):
+    """Rank 1: the quotient must not become its own scale (trap N2)."""
+    b = Build(opset)
+    y = norm(b, b.input("x", [5]), eps=1e-3)
+    y = b.mul(y, numbers(5, seed=1)) if "scale" in affine else y
+    y = b.add(numbers(5, seed=2), y) if "bias" in affine else y
+    same(b.model(y), {"x": numbers(5)})
+
+
+@pytest.mark.parametrize("axes", [(-2, -1), (-3, -2, -1), (1, 2), (-1, -2)])
+def test_several_trailing_axes(axes):
+    b = Build()
+    shape = (3, 5, 5)[-len(axes) :] if len(axes) == 2 else (2, 3, 5, 5)[-3:]
+    x = b.input("x", ["B", 5, 5] if len(axes) == 2 else ["B", 3, 5, 5])
+    gamma, beta = numbers(*shape, seed=1), numbers(*shape, seed=2)
+    result = same(
+        b.model(layer_norm(b, x, gamma, beta, eps=1e-3, axes=axes)),
+        {"x": numbers(2, *((5, 5) if len(axes) == 2 else (3, 5, 5)))},
+    )
+    assert result.counts == NORMED
+    (node,) = result.model.graph.node
+    assert [attribute.i for attribute in node.attribute if attribute.name == "axis"] == [-len(axes)]
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (0, 1), (0, 2), (0, 1, 2), (-2,)])
+@pytest.mark.parametrize("affine", [False, True])
+def test_other_axes_than_the_trailing_ones(axes, affine):
+    b = Build()
+    scale, bias = (numbers(5, seed=1), numbers(5, seed=2)) if affine else (None, None)
+    same(b.model(layer_norm(b, b.input("x", [5, 5, 5]), scale, bias, eps=1e-3, axes=axes)), {"x": numbers(5, 5, 5)})
+
+
+@pytest.mark.parametrize("opset", [11, 17, 18])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (5, 5, 5)])
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_a_mean_without_axes_is_one_over_everything(opset, shape, norm):
+    b = Build(opset)
+    same(b.model(norm(b, b.input("x", shape), numbers(5, seed=1), eps=1e-3, axes=None)), {"x": numbers(*shape)})
+
+
+@pytest.mark.parametrize(("first", "second"), [((-1,), (-2,)), ((-2,), (-1,)), ((-1,), (-2, -1)), ((-2, -1), (-1,))])
+def test_mean_and_variance_over_different_axes(first, second):
+    b = Build()
+    x = b.input("x", [5, 5, 5])
+    d = b.sub(x, b.mean(x, first))
+    y = b.div(d, b.sqrt(b.add(b.mean(b.mul(d, d), second), 1e-3)))
+    assert "layer_norm" not in same(b.model(y), {"x": numbers(5, 5, 5)}).counts
+
+
+@pytest.mark.parametrize("shape", [(4, 5, 5), (5, 5, 5)])
+def test_channels_first(shape):
+    """Normalized over the channels of NCHW, scale and bias of shape (C, 1, 1)."""
+    b = Build()
+    c = shape[0]
+    gamma, beta = numbers(c, 1, 1, seed=1), numbers(c, 1, 1, seed=2)
+    x = b.input("x", ["B", *shape])
+    same(b.model(layer_norm(b, x, gamma, beta, eps=1e-3, axes=(1,))), {"x": numbers(2, *shape)})
+
+
+def test_channels_last_by_transposes():
+    b = Build()
+    x = b.transpose(b.input("x", ["B", 4, "H", "W"]), perm=[0, 2, 3, 1])
+    y = layer_norm(b, x, numbers(4, seed=1), numbers(4, seed=2), eps=1e-3)
+    result = same(b.model(b.transpose(y, perm=[0, 3, 1, 2])), {"x": numbers(2, 4, 3, 5)})
+    assert result.counts == NORMED
+
+
+# Scale and bias ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("shape", [(2,), (1, 2), (3, 1, 1)])
+@pytest.mark.parametrize("as_bias", [False, True])
+def test_a_scale_that_enlarges_the_result_is_none(shape, first, as_bias):
+    """x (1, 1): the product is larger than what is normalized (trap N3)."""
+    b = Build()
+    normed = layer_norm(b, b.input("x", [1, 1]), eps=1e-3)
+    weight = numbers(*shape, seed=1)
+    operands = (weight, normed) if first else (normed, weight)
+    y = b.add(*operands) if as_bias else b.mul(*operands)
+    same(b.model(y), {"x": numbers(1, 1)})
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 1), (5, 5), (1, 1), (1,), (), (1, 5), (1, 1, 5), (5, 5, 5), (5, 1, 1), (1, 5, 5)]
+)
+@pytest.mark.parametrize("role", ["scale", "bias"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_a_weight_of_any_shape(shape, role, norm):
+    """Sizes are equal, so that every shape broadcasts (traps N4, N7)."""
+    b = Build()
+    x = b.input("x", [5, 5, 5])
+    y = layer_norm(b, x, eps=1e-3) if norm == "layer" else rms_norm(b, x, eps=1e-3)
+    weight = numbers(*shape, seed=1) + np.float32(2)
+    y = b.mul(y, weight) if role == "scale" else b.add(y, weight)
+    result = same(b.model(y), {"x": numbers(5, 5, 5)})
+    assert sum(result.counts.values()) == 1
+
+
+def test_two_scales_and_two_biases():
+    b = Build()
+    y = layer_norm(b, b.input("x", ["B", 5]), numbers(5, seed=1), numbers(5, seed=2), eps=1e-3)
+    y = b.add(b.mul(y, numbers(5, seed=3)), numbers(5, seed=4))
+    assert same(b.model(y), {"x": numbers(3, 5)}).counts == NORMED
+
+
+@pytest.mark.parametrize("shape", [("B", "S", 5), (1, "S", 5)])
+def test_a_bias_that_is_an_activation(shape):
+    b = Build()
+    x = b.input("x", [1, "S", 5])
+    y = b.add(layer_norm(b, x, numbers(5, seed=1), eps=1e-3), b.input("z", shape))
+    feed = {"x": numbers(1, 3, 5), "z": numbers(4 if shape[0] == "B" else 1, 3, 5, seed=2)}
+    assert same(b.model(y), feed).counts == NORMED
+
+
+# What looks like a norm -------------------------------------------------------------------------------------------
+
+
+def deviation(b: Build, d: str) -> str:
+    return b.sqrt(b.add(b.mean(b.mul(d, d)), 1e-3))
+
+
+def centred(b: Build, x: str) -> str:
+    return b.sub(x, b.mean(x))
+
+
+def divided(b: Build, d: str) -> str:
+    """d by its own root mean square."""
+    return b.div(d, deviation(b, d))
+
+
+def over(b: Build, x: str, spread) -> str:
+    """x, centred, divided by what `spread` makes of it."""
+    d = centred(b, x)
+    return b.div(d, spread(d))
+
+
+LOOKALIKES = {
+    "root over x": lambda b, x: (lambda d: b.div(deviation(b, d), d))(centred(b, x)),
+    "sum for the mean": lambda b, x: divided(b, b.sub(x, b.sum(x))),
+    "largest for the mean": lambda b, x: divided(b, b.sub(x, b.max_over(x))),
+    "added mean": lambda b, x: divided(b, b.add(x, b.mean(x))),
+    "not centred below": lambda b, x: b.div(centred(b, x), deviation(b, x)),
+    "not centred above": lambda b, x: b.div(x, deviation(b, centred(b, x))),
+    "another x": lambda b, x: b.div(b.sub(b.abs(x), b.mean(x)), deviation(b, centred(b, x))),
+    "sum of squares": lambda b, x: over(b, x, lambda d: b.sqrt(b.add(b.sum(b.mul(d, d)), 1e-3))),
+    "sample variance": lambda b, x: over(b, x, lambda d: b.sqrt(b.add(b.div(b.sum(b.mul(d, d)), 4.0), 1e-3))),
+    "no root": lambda b, x: over(b, x, lambda d: b.add(b.mean(b.mul(d, d)), 1e-3)),
+    "fourth power": lambda b, x: over(b, x, lambda d: b.sqrt(b.add(b.mean(b.pow(d, 4.0)), 1e-3))),
+    "no square": lambda b, x: over(b, x, lambda d: b.sqrt(b.add(b.mean(b.abs(d)), 1e-3))),
+}
+
+
+@pytest.mark.parametrize("case", LOOKALIKES)
+def test_what_looks_like_a_layer_norm(case):
+    b = Build()
+    result = same(b.model(LOOKALIKES[case](b, b.input("x", [5, 5]))), {"x": numbers(5, 5)})
+    assert "layer_norm" not in result.counts
+
+
+def test_the_mean_minus_x_is_a_layer_norm_with_the_other_sign():
+    b = Build()
+    x = b.input("x", [5, 5])
+    same(b.model(divided(b, b.sub(b.mean(x), x))), {"x": numbers(5, 5)})
+
+
+def test_a_sum_divided_by_the_size_is_a_mean():
+    b = Build()
+    x = b.input("x", ["B", 5])
+    d = b.sub(x, b.div(b.sum(x), 5.0))
+    y = b.div(d, b.sqrt(b.add(b.mul(b.sum(b.mul(d, d)), 0.2), 1e-3)))
+    assert same(b.model(y), {"x": numbers(3, 5)}).counts == NORMED
+
+
+# Residuals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape", [("B", "S", 5), (1, "S", 5), ("S", 5), (1, 1, 5), (5,), ("B", 1, 5), ("B", "S", 1), ()]
+)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("rms", [False, True])
+def test_a_residual_of_any_shape(shape, first, rms):
+    """The kernel broadcasts over the batch alone, and in one slot only (traps N14, N15)."""
+    b = Build()
+    x, skip = b.input("x", ["B", "S", 5]), b.input("skip", list(shape))
+    total = b.add(skip, x) if first else b.add(x, skip)
+    gamma = numbers(5, seed=1)
+    y = rms_norm(b, total, gamma, eps=1e-3) if rms else layer_norm(b, total, gamma, eps=1e-3)
+    sizes = [{"B": 2, "S": 3}.get(size, size) for size in shape]
+    result = same(b.model(y, b.relu(total)), {"x": numbers(2, 3, 5), "skip": numbers(*sizes, seed=3)})
+    assert sum(result.counts.values()) == 1
+
+
+@pytest.mark.parametrize("shape", [("B", "S", 5), ("S", 5), (1, 1, 5), (5,), ("B", 2, "S", 5)])
+def test_a_residual_of_unknown_sizes_is_not_guessed(shape):
+    """The declared sizes of skip are anonymous: nothing says that they are those of x."""
+    b = Build()
+    x, skip = b.input("x", list(shape)), b.input("skip", [None] * len(shape))
+    sizes = [{"B": 2, "S": 3}.get(size, size) for size in shape]
+    y = layer_norm(b, b.add(x, skip), numbers(5, seed=1), eps=1e-3)
+    feeds = [
+        {"x": numbers(*sizes), "skip": numbers(*sizes, seed=3)},
+        {"x": numbers(*sizes), "skip": numbers(*[1] * (len(sizes) - 1), 5, seed=3)},
+    ]
+    same(b.model(y), feeds)
+
+
+@pytest.mark.parametrize("axis", [-1, 1, 2, 0, -2])
+def test_a_norm_node_over_more_than_the_last_axis_takes_no_residual(axis):
+    """LayerNormalization reads its axis; SkipLayerNormalization has none (trap N17)."""
+    b = Build()
+    total = b.add(b.input("x", ["B", 3, 5]), b.input("skip", ["B", 3, 5]))
+    shape = {-1: (5,), 2: (5,), 1: (3, 5), -2: (3, 5), 0: (2, 3, 5)}[axis]
+    y = b.node("LayerNormalization", total, numbers(*shape, seed=1), numbers(*shape, seed=2), axis=axis, epsilon=1e-3)
+    result = same(b.model(y), {"x": numbers(2, 3, 5), "skip": numbers(2, 3, 5, seed=4)})
+    assert result.counts == ({"skip_layer_norm": 1} if axis in (-1, 2) else {})
+
+
+def test_a_residual_with_a_scale_of_three_axes():
+    """gamma of shape (1, 1, D): the kernel takes (D,) alone (trap N7)."""
+    b = Build()
+    total = b.add(b.input("x", ["B", "S", 5]), b.input("skip", ["B", "S", 5]))
+    y = layer_norm(b, total, numbers(1, 1, 5, seed=1), numbers(1, 1, 5, seed=2), eps=1e-3)
+    assert sum(same(b.model(y), {"x": numbers(2, 3, 5), "skip": numbers(2, 3, 5, seed=4)}).counts.values()) == 1
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_a_residual_of_any_rank(rank):
+    b = Build()
+    shape = (2, 3, 4, 5)[-rank:]
+    total = b.add(b.input("x", shape), b.input("skip", shape))
+    y = layer_norm(b, total, numbers(5, seed=1), numbers(5, seed=2), eps=1e-3)
+    result = same(b.model(y), {"x": numbers(*shape), "skip": numbers(*shape, seed=4)})
+    assert ("skip_layer_norm" in result.counts) <= (rank in (2, 3))
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (3, 5), (3, 1), (1,)])
+def test_a_projection_bias_in_the_residual_sum(shape):
+    b = Build()
+    x, skip = b.input("x", ["B", 3, 4]), b.input("skip", ["B", 3, 5])
+    projected = b.add(b.matmul(x, numbers(4, 5, seed=1)), numbers(*shape, seed=2))
+    y = layer_norm(b, b.add(projected, skip), numbers(5, seed=3), numbers(5, seed=4), eps=1e-3)
+    same(b.model(y), {"x": numbers(2, 3, 4), "skip": numbers(2, 3, 5, seed=5)})
+
+
+def test_a_sum_of_a_value_with_itself():
+    b = Build()
+    x = b.input("x", ["B", "S", 5])
+    y = layer_norm(b, b.add(x, x), numbers(5, seed=1), numbers(5, seed=2), eps=1e-3)
+    same(b.model(y), {"x": numbers(2, 3, 5)})
+
+
+def test_a_weighted_residual_is_no_residual():
+    b = Build()
+    x, skip = b.input("x", ["B", "S", 5]), b.input("skip", ["B", "S", 5])
+    y = layer_norm(b, b.add(b.mul(x, 0.5), skip), numbers(5, seed=1), numbers(5, seed=2), eps=1e-3)
+    same(b.model(y), {"x": numbers(2, 3, 5), "skip": numbers(2, 3, 5, seed=5)})
+
+
+def test_a_difference_is_no_residual():
+    b = Build()
+    x, skip = b.input("x", ["B", "S", 5]), b.input("skip", ["B", "S", 5])
+    y = layer_norm(b, b.sub(x, skip), numbers(5, seed=1), numbers(5, seed=2), eps=1e-3)
+    assert same(b.model(y), {"x": numbers(2, 3, 5), "skip": numbers(2, 3, 5, seed=5)}).counts == NORMED
+
+
+# Element types ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF, DOUBLE])
+@pytest.mark.parametrize("opset", [11, 13, 17, 18, 23])
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_every_element_type_and_opset(dtype, opset, norm):
+    b = Build(opset, dtype)
+    y = norm(b, b.input("x", ["B", "S", 5]), numbers(5, seed=1, dtype=dtype), eps=1e-2)
+    result = same(b.model(y), {"x": numbers(2, 3, 5, dtype=dtype)}, tolerance=2e-2 if dtype == HALF else None)
+    if dtype == FLOAT:
+        assert sum(result.counts.values()) == 1
+    if not result.counts:
+        assert {kind for name in ("layer_norm", "rms_norm") for kind, _ in misses(result, name)} <= {"kernel", "dtype"}
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+@pytest.mark.parametrize(("outer", "inner"), [(HALF, FLOAT), (FLOAT, DOUBLE), (FLOAT, HALF), (DOUBLE, FLOAT)])
+@pytest.mark.parametrize("weight", ["outer", "inner"])
+def test_casts_around_a_norm(norm, outer, inner, weight):
+    """Computed in another type than it is given: types must not be mixed up on the way (traps N9, N10)."""
+    b = Build(dtype=inner)
+    x = b.cast(b.input("x", ["B", "S", 5], outer), to=inner)
+    if weight == "inner":
+        y = b.cast(norm(b, x, numbers(5, seed=1, dtype=inner), eps=1e-2), to=outer)
+    else:
+        y = b.mul(b.cast(norm(b, x, eps=1e-2), to=outer), numbers(5, seed=1, dtype=outer))
+    tolerance = 2e-2 if HALF in (outer, inner) else 1e-4
+    same(b.model((y, outer, None)), {"x": numbers(2, 3, 5).astype(FLOATS[outer])}, tolerance=tolerance)
+
+
+def test_an_exponent_shared_by_two_norms_of_which_one_is_fused():
+    """The exponent comes from a node and is read by both (trap N8)."""
+    b = Build()
+    x = b.input("x", ["B", "S", 5])
+    two = b.cast(b.constant(np.array(2)), to=FLOAT)
+    outputs = []
+    for index in range(2):
+        squares = b.pow(x, two)
+        mean = b.mean(squares)
+        y = b.div(x, b.sqrt(b.add(1e-3, mean)))
+        outputs.append(b.mul(y, numbers(5, seed=index)))
+    result = same(b.model(*outputs, squares), {"x": numbers(2, 3, 5)})
+    assert result.counts == {"rms_norm": 1}
+
+
+def test_an_integer_exponent_is_the_same_exponent():
+    b = Build()
+    x = b.input("x", ["B", 5])
+    squares = b.pow(x, b.constant(np.array(2, np.int64)))
+    y = b.div(x, b.sqrt(b.add(b.mean(squares), 1e-3)))
+    assert same(b.model(y), {"x": numbers(3, 5)}).counts == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+@pytest.mark.parametrize("size", [0, 1])
+def test_empty_and_single_rows(norm, size):
+    b = Build()
+    y = norm(b, b.input("x", ["B", "S", "D"]), eps=1e-3)
+    z = norm(b, b.input("w", ["B", "S", 5]), numbers(5, seed=1), eps=1e-3)
+    feed = {"x": numbers(2, 3, 1), "w": numbers(size, 3, 5, seed=2)}
+    feed["x"] = numbers(size, 3, 1)
+    same(b.model(y, z), feed)
