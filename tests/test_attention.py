@@ -249,6 +249,18 @@ def test_below_opset_13_a_softmax_flattens_from_its_axis_on(axis):
     assert (counts == FUSED) == (axis == 3)
 
 
+@pytest.mark.parametrize("opset", [11, 17])
+def test_scores_of_keys_by_queries(opset):
+    """The softmax runs over an axis in the middle, which is that axis alone from opset 13 on."""
+    b = Attention(opset=opset)
+    s = b.sizes
+    q = b.heads(b.projection("x", s.hidden), s.D, (0, 2, 3, 1))
+    k, v = (b.heads(b.projection("x", s.hidden), s.D) for _ in range(2))
+    probabilities = b.softmax(b.mul(b.matmul(k, q), 0.4), axis=2)
+    attended = b.matmul(b.transpose(probabilities, perm=[0, 1, 3, 2]), v)
+    assert same(b.model(b.merged(attended)), b.feeds).counts == (FUSED if opset == 17 else {})
+
+
 def test_probabilities_times_values_the_wrong_way_round():
     b = Attention(SQUARE, dynamic=False)
     q, k, v = b.qkv()
