@@ -86,6 +86,9 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
     Raises:
         Unmet: the layout cannot be written with Reshape, Transpose and Expand, or a size in it is unknown.
     """
+    actual = view.facts.shape(ref.value) or ()
+    if ref.layout.source != actual:
+        return _spread_out(view, ref, dtype, actual, builder)
     found = standing(view, ref, dtype, at)
     if found is not None:
         return found
@@ -117,6 +120,15 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
     if dtype is not None and given != dtype:
         made = builder.shared("Cast", [made], have, dtype=dtype, to=dtype)
     return made
+
+
+def _spread_out(view: View, ref: Ref, dtype: int | None, actual: tuple[Dim, ...], builder: Builder) -> Operand:
+    """A value whose axes are 1 or full, nobody knows which: Expand makes them full."""
+    if not _is_aligned(ref.layout) or (dtype is not None and view.facts.dtype(ref.value) != dtype):
+        raise builder.unmet(f"{ref.value.name} cannot be spread over the axes the fused node reads", ref.value)
+    dims = ref.layout.shape
+    have = (1,) * (len(dims) - len(actual)) + actual
+    return builder.shared("Expand", [ref.value, builder.sizes(dims, have, copy=False)], dims)
 
 
 def _express(wanted: Layout, have: Layout) -> Layout | None:

@@ -54,32 +54,32 @@ class Spine:
 
     def _sum(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view
-        operands = [view.operand(ref, node, index) for index in range(len(node.inputs))]
-        known = [operand for operand in operands if operand is not None]
-        if len(known) < len(operands):
-            place, found = node.label, "broadcasting that depends on unknown sizes"
+        whole = [view.operand(ref, node, index) for index in range(len(node.inputs))]
+        beside = [view.beside(ref, node, index) for index in range(len(node.inputs))]
+        signs = [-coef if node.op == "Sub" and index == 1 else coef for index in range(len(node.inputs))]
+        tried = False
+        for index, main in enumerate(whole):
+            others = [(other, sign) for at, (other, sign) in enumerate(zip(beside, signs, strict=True)) if at != index]
+            terms = tuple(Entry("term", other, sign) for other, sign in others if other is not None)
+            if main is None or main.layout.source != ref.layout.source or len(terms) < len(others):
+                continue
+            tried = True
+            yield from self.walk(main, signs[index], (*entries, *terms), state)
+        if not tried:
+            found = "broadcasting that depends on unknown sizes"
             yield from self.matcher.miss(
-                state, "dimension", "operands of known shape", found, 1, place, Verdict.UNKNOWN
+                state, "dimension", "operands of known shape", found, 1, node.label, Verdict.UNKNOWN
             )
-            return
-        signs = [-coef if node.op == "Sub" and index == 1 else coef for index in range(len(known))]
-        for index, main in enumerate(known):
-            beside = [
-                Entry("term", view.peel(other).ref, signs[position])
-                for position, other in enumerate(known)
-                if position != index
-            ]
-            yield from self.walk(main, signs[index], (*entries, *beside), state)
 
     def _where(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view
-        condition, yes, no = (view.operand(ref, node, index) for index in range(3))
+        condition, yes, no = view.beside(ref, node, 0), view.operand(ref, node, 1), view.operand(ref, node, 2)
         if condition is None or yes is None or no is None:
             return
         for scores, other, keep in ((yes, no, True), (no, yes, False)):
             fill = view.number(other.value)
             if fill is not None:
-                entry = Entry("mask", view.peel(condition).ref, 1.0, keep, fill * coef)
+                entry = Entry("mask", condition, 1.0, keep, fill * coef)
                 yield from self.walk(scores, coef, (*entries, entry), state)
 
     def _clamp(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:

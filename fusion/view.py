@@ -95,6 +95,23 @@ class View:
         layout = ref.layout.broadcast_over(shape)
         return None if layout is None else Ref(value, layout)
 
+    def beside(self, ref: Ref, node: Node, index: int) -> Ref | None:
+        """An operand beside one that provably has the shape of the result: each of its axes is 1 or full.
+
+        Which of the two it is may be unknown; then the layout reads it as full, and its source says a shape that the
+        value has only after an Expand. Such a reference is not followed through layouts.
+        """
+        strict = self.operand(ref, node, index)
+        value = node.inputs[index]
+        shape = self.facts.shape(value) if value is not None else None
+        if strict is not None:
+            return self.peel(strict).ref
+        if value is None or shape is None or len(shape) > len(ref.layout.source):
+            return None
+        full = ref.layout.source[len(ref.layout.source) - len(shape) :]
+        layout = ref.layout.broadcast_over(tuple(1 if own == 1 else dim for own, dim in zip(shape, full, strict=True)))
+        return None if layout is None else Ref(value, layout)
+
     def peel(self, ref: Ref) -> Peeled:
         """Follow `ref` through layouts, noise and guards."""
         known = self._peeled.get(ref)
