@@ -140,6 +140,7 @@ class Rewriter:
         self.graph = graph
         self.facts = Facts(graph)
         self.view = View(graph, self.facts)
+        self._shared = View(graph, self.facts, shared=True)
         self.target = target
         self.check = check
         self.plans = [plan for pattern in patterns for plan in plans_of(pattern)]
@@ -169,6 +170,7 @@ class Rewriter:
             else:
                 break
             self.view.forget()
+            self._shared.forget()
             self._reached.clear()
         self.outcome.near.extend(self._failed.values())
         return self.outcome
@@ -408,19 +410,23 @@ class Rewriter:
     # -- explaining -------------------------------------------------------------------------------------------------
 
     def explain(self, plan: Plan, anchor: Node) -> NearMiss | None:
-        """The nearest miss of a plan around an anchor: what keeps the subgraph from being the pattern."""
+        """The nearest miss of a plan around an anchor: what keeps the subgraph from being the pattern.
+
+        Arithmetic that others read too is also looked into: then privacy is what is unmet, not what the reading finds.
+        """
         best: NearMiss | None = None
         for root in self.roots(plan, anchor):
-            for _, state in Matcher(self.view, plan, record=True).match(root):
-                misses = state.misses
-                if not misses:
-                    region = region_of(self.view, root, state)
-                    if isinstance(region, Region):
-                        return None
-                    misses = (region,)
-                near = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
-                if best is None or near.unmet < best.unmet:
-                    best = near
+            for view in (self.view, self._shared):
+                for _, state in Matcher(view, plan, record=True).match(root):
+                    misses = state.misses
+                    if not misses:
+                        region = region_of(view, root, state)
+                        if isinstance(region, Region):
+                            return None
+                        misses = (region,)
+                    near = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
+                    if best is None or near.unmet < best.unmet:
+                        best = near
         return best
 
 

@@ -50,11 +50,13 @@ class View:
     Args:
         graph: the index.
         facts: what is known about its values.
+        shared: open arithmetic that others read too, to explain that this is what is wrong.
     """
 
-    def __init__(self, graph: Graph, facts: Facts) -> None:
+    def __init__(self, graph: Graph, facts: Facts, *, shared: bool = False) -> None:
         self.graph = graph
         self.facts = facts
+        self.shared = shared
         self._peeled: dict[Ref, Peeled] = {}
         self._expanded: dict[Ref, Prod] = {}
         self._numbers: dict[Value, float | None] = {}
@@ -166,7 +168,7 @@ class View:
         if constant is not None:
             return number(constant)
         node = source.producer
-        if node is not None and peeled.private and node.key in OPENED:
+        if node is not None and node.key in OPENED and (peeled.private or self.shared):
             return self.expand(peeled.ref)
         return leaf(peeled.ref)
 
