@@ -471,6 +471,9 @@ class Matcher:
     def sum(self, term: Sum, given: Sum, context: Context, state: State, place: str) -> Iterator[tuple[State, float]]:
         """Match a sum up to a number: yield the state and the scale of the graph's sum."""
         formulas = [item for item in term.items if self._kind(item) == "formula"]
+        formulas.sort(
+            key=lambda item: not any(isinstance(atom, p.Mean) for atom, _ in item.factors)
+        )  # they bind letters
         for left, matched, scale in self._summands(formulas, list(given.items), None, context, state, place):
             for done in self._addends(term, left, scale or 1.0, context, matched, place):
                 for finished in self._constant(term, given.const, scale or 1.0, done, place):
