@@ -146,13 +146,17 @@ class Matcher:
         scalar: tuple[str, float] | None = None
         variables: list[tuple[p.Var, float]] = []
         formulas: list[tuple[Atom, float]] = []
+        kept: list[tuple[Atom, float]] = []
         for atom, exponent in term.factors:
-            if not isinstance(atom, p.Var):
+            if isinstance(atom, p.Kept):  # it binds captures only: what binds letters comes first
+                kept.append((atom, exponent))
+            elif not isinstance(atom, p.Var):
                 formulas.append((atom, exponent))
             elif self.plan.captures[atom.name].kind == "scalar":
                 scalar = (atom.name, exponent)
             else:
                 variables.append((atom, exponent))
+        formulas += kept
         if scalar is None and len(formulas) == 1 and not variables and given.coef != 1.0:
             given = _distribute(formulas[0], given)
         free = scalar is not None and scalar[0] not in state.bound
