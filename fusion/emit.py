@@ -18,6 +18,7 @@ from fusion.dims import Dim
 from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
+from fusion.laws.noise import FLOATS
 from fusion.layout import Layout
 from fusion.place import before, int64, place, shape_items, standing
 from fusion.plan import Plan
@@ -152,6 +153,17 @@ class Found:
         """The dimensions a letter of the result stands for."""
         positions = self.state.letters[letter]
         return tuple(self.ref.layout.shape[position] for position in positions)
+
+    def require_one_dtype(self) -> None:
+        """The whole region computes in the dtype of the root: no part of it in a wider one, between casts."""
+        for node in self.region.core:
+            for value in node.outputs:
+                dtype = self.facts.dtype(value) if value is not None else None
+                if dtype in FLOATS and dtype != self.dtype:
+                    found, wanted = TensorProto.DataType.Name(dtype), TensorProto.DataType.Name(self.dtype)
+                    raise Unmet(
+                        f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label
+                    )
 
     def count(self, letter: str) -> int:
         """How many axes a letter stands for."""
@@ -323,13 +335,14 @@ class Builder:
         """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where empty.
 
         `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
-        smallest number of the dtype, or -inf.
+        smallest number of the dtype, or -inf. In half precision only -inf does: kernels compute in float there.
 
         Raises:
             Unmet: a mask has another fill.
         """
         found = self._found
-        smallest = float(np.finfo(helper.tensor_dtype_to_np_dtype(found.dtype)).min)
+        precise = found.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE)
+        smallest = float(np.finfo(self._numpy).min) if precise else -np.inf
         bias: Operand = None
         for entry in reversed(entries):
             if entry.kind == "clamp":

@@ -34,6 +34,7 @@ def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
 
 @multi_head_attention.emit("onnx")
 def _(found, op):
+    found.require_one_dtype()
     q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
     heads = {"q_num_heads": found.size("H"), "kv_num_heads": found.size("H"), "scale": found.scale}
     return op.guarded(op.Attention(q, k, v, op.additive(found.bias), **heads))
@@ -42,6 +43,7 @@ def _(found, op):
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
+    found.require_one_dtype()
     q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
     heads = {"num_heads": found.size("H"), "scale": found.scale}
     return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, op.additive(found.bias), **heads))
@@ -50,6 +52,7 @@ def _(found, op):
 @self_attention.emit("ort-cpu")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
+    found.require_one_dtype()
     weights = op.packed(found.wq, found.wk, found.wv, axis=1)
     biases = op.packed(found.bq, found.bk, found.bv, axis=0, absent=(found.wq, found.wk, found.wv))
     heads = {"num_heads": found.size("H"), "scale": found.scale}
