@@ -155,7 +155,9 @@ class Found:
         return tuple(self.ref.layout.shape[position] for position in positions)
 
     def require_one_dtype(self) -> None:
-        """The whole region computes in the dtype of the root: no part of it in a wider one, between casts."""
+        """A half-precision region computes in half throughout: no part of it in a wider dtype, between casts."""
+        if self.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE):
+            return
         for node in self.region.core:
             for value in node.outputs:
                 dtype = self.facts.dtype(value) if value is not None else None

@@ -61,7 +61,7 @@ class Spine:
         for index, main in enumerate(whole):
             others = [(other, sign) for at, (other, sign) in enumerate(zip(beside, signs, strict=True)) if at != index]
             terms = tuple(Entry("term", other, sign) for other, sign in others if other is not None)
-            if main is None or main.layout.source != ref.layout.source or len(terms) < len(others):
+            if main is None or not _is_full(main, ref) or len(terms) < len(others):
                 continue
             tried = True
             yield from self.walk(main, signs[index], (*entries, *terms), state)
@@ -115,3 +115,10 @@ class Spine:
         bound = state.copy()
         bound.bound[self.name] = tuple(placed)
         yield bound
+
+
+def _is_full(main: Ref, result: Ref) -> bool:
+    """Whether an operand has the shape of the result, but for leading axes of 1 that another one brought in."""
+    own, full = main.layout.source, result.layout.source
+    lead = len(full) - len(own)
+    return full[lead:] == own and all(dim == 1 for dim in full[:lead])

@@ -59,6 +59,8 @@ class Writer:
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
         self.inputs: list[ValueInfoProto] = []
+        self.types: dict[str, int] = {}
+        """The element type of every value that a node computes."""
         self._where: dict[str, tuple[str, int]] = {}
         self._count = 0
 
@@ -137,6 +139,7 @@ class Writer:
         if dtype is None:
             dtype = next((operand.dtype for operand in operands if isinstance(operand, Written)), self.dtype)
         output = self.fresh(op.lower())
+        self.types[output] = dtype
         given = {name: value for name, value in attributes.items() if value is not None}
         self.nodes.append(helper.make_node(op, names, [output], domain=domain, **given))
         return Written(output, result, dtype)
