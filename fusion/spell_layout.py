@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from onnx import TensorProto
+
 from fusion.writer import Axes, Group, Writer, Written
 
 
@@ -128,7 +130,7 @@ def reshape(writer: Writer, value: Written, wanted: Axes) -> Written:
     if not computed:
         return writer.node("Reshape", [value, writer.integers([item or 0 for item in items])], wanted)
     parts = [computed.get(index) or writer.integers([item or 0]) for index, item in enumerate(items)]
-    target = writer.node("Concat", parts, ((),), axis=0) if len(parts) > 1 else parts[0]
+    target = writer.node("Concat", parts, ((),), dtype=TensorProto.INT64, axis=0) if len(parts) > 1 else parts[0]
     return writer.node("Reshape", [value, target], wanted)
 
 
