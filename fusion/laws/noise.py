@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
 
+OPERATORS = frozenset({"Identity", "Dropout", "Cast", "CastLike"})
+
 
 def crossed(node: Node, value: Value, facts: Facts) -> Value | None:
     """The input that `value`, the first output of `node`, repeats; None where the node is not noise."""
