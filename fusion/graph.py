@@ -68,28 +68,25 @@ class Node:
     Attributes:
         op: operator type.
         domain: its domain, "" for the standard operators.
+        key: the operator with its domain: `Gelu`, `com.microsoft::Gelu`.
         inputs, outputs: the values, None for an optional one that is left out.
         position: sort key of the order in the scope.
         bodies: scopes of its graph attributes.
     """
 
-    __slots__ = ("bodies", "domain", "inputs", "op", "outputs", "position", "proto", "scope")
+    __slots__ = ("bodies", "domain", "inputs", "key", "op", "outputs", "position", "proto", "scope")
 
     def __init__(self, proto: NodeProto, scope: Scope, position: tuple[int, int]) -> None:
         self.proto = proto
         self.op: str = proto.op_type
         domain = proto.domain
         self.domain: str = "" if domain == "ai.onnx" else domain
+        self.key = f"{self.domain}::{self.op}" if self.domain else self.op
         self.scope = scope
         self.position = position
         self.inputs: list[Value | None] = []
         self.outputs: list[Value | None] = []
         self.bodies: list[Scope] = []
-
-    @property
-    def key(self) -> str:
-        """The operator with its domain: `Gelu`, `com.microsoft::Gelu`."""
-        return f"{self.domain}::{self.op}" if self.domain else self.op
 
     @property
     def version(self) -> int:

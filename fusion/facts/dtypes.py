@@ -73,13 +73,13 @@ def _computed(facts: Facts, node: Node, slot: int) -> int | None:
     if node.op == "If":
         found = {facts.dtype(body.outputs[slot]) for body in node.bodies if slot < len(body.outputs)}
         return found.pop() if len(found) == 1 else None
-    if any(item.name in ("dtype", "output_dtype") for item in node.proto.attribute):
+    rules = _rules(node.op, node.version)
+    if _chooses(node.op, node.version) and any(a.name in _CHOICES for a in node.proto.attribute):
         chosen = attribute(node, "dtype") or attribute(node, "output_dtype")
         return chosen if isinstance(chosen, int) and chosen else None
     if node.op == "SimplifiedLayerNormalization" or (node.op == "LayerNormalization" and node.version < 17):
         # onnxruntime's own operators of the default domain: the result has the type of the scale.
         return _of_input(facts, node, 1) if slot == 0 else None
-    rules = _rules(node.op, node.version)
     if not rules:
         return None
     fixed, source = rules[min(slot, len(rules) - 1)]
@@ -89,6 +89,18 @@ def _computed(facts: Facts, node: Node, slot: int) -> int | None:
 def _of_input(facts: Facts, node: Node, slot: int) -> int | None:
     value = node.input(slot)
     return None if value is None else facts.dtype(value)
+
+
+_CHOICES = ("dtype", "output_dtype")
+
+
+@cache
+def _chooses(op: str, version: int) -> bool:
+    """Whether an attribute of the operator may name the element type of its result."""
+    try:
+        return any(name in defs.get_schema(op, version, "").attributes for name in _CHOICES)
+    except defs.SchemaError:
+        return True
 
 
 @cache
