@@ -39,7 +39,7 @@ class _Application:
         read = {id(operand) for new in nodes for operand in new.inputs}
         for new in nodes:
             inputs = [self.value(operand) for operand in new.inputs]
-            if new.shared:
+            if new.shared and id(new.outputs[0]) not in targets:
                 made.extend(self._shared(new, inputs, at))
                 continue
             outputs: list[str | Value | None] = []

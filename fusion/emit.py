@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.dims import Dim
+from fusion.dims import Dim, product
 from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.laws.noise import FLOATS
-from fusion.layout import Layout
-from fusion.place import before, int64, place, shape_items, standing
+from fusion.layout import Layout, merge_neighbours
+from fusion.place import before, int64, place, rearranged, shape_items, standing
 from fusion.plan import Plan
 from fusion.region import Region, sources
 from fusion.state import Entry, Miss, State
@@ -138,16 +138,12 @@ class Found:
         self.require(own < len(self.region.core), f"{own} new nodes would replace {len(self.region.core)}")
 
     def size(self, letter: str) -> int:
-        """The size of a letter; raises Unmet where it is not a known number."""
-        dims = self.dims(letter)
-        if len(dims) != 1 or not isinstance(dims[0], int):
-            raise Unmet(
-                f"the size of {letter} is not a known number ({' '.join(map(str, dims))})",
-                kind="dimension",
-                verdict=Verdict.UNKNOWN,
-                place=self.root.name,
-            )
-        return dims[0]
+        """The size of a letter, of its axes together; raises Unmet where it is not a known number."""
+        size = product(self.dims(letter))
+        if not isinstance(size, int):
+            text = f"the size of {letter} is not a known number ({size})"
+            raise Unmet(text, kind="dimension", verdict=Verdict.UNKNOWN, place=self.root.name)
+        return size
 
     def dims(self, letter: str) -> tuple[Dim, ...]:
         """The dimensions a letter of the result stands for."""
@@ -421,13 +417,32 @@ class Builder:
         raise self.unmet(f"the size {dim} cannot be read off any captured value", self._found.root)
 
     def in_root_axes(self, result: New) -> New:
-        """The result with its axes in the order of the root, where the letters of the pattern stand in another."""
+        """The result with its axes as the root has them, where the pattern's result has them in another order."""
         found = self._found
+        if found.plan.inner:
+            return self._in_root_layout(result)
         order = [axis for letter in letters_of(found.plan.dims) for axis in found.state.letters.get(letter, ())]
-        if order == sorted(order) or found.plan.is_grouped:
+        if order == sorted(order):
             return result
         back = sorted(range(len(order)), key=lambda index: order[index])
-        return self.Transpose(result, perm=back, dtype=result.dtype)  # type: ignore[no-any-return]
+        return self.shared("Transpose", [result], None, perm=back)
+
+    def _in_root_layout(self, result: New) -> New:
+        found = self._found
+        axes = found.ref.layout.axes
+        own = []
+        for token in found.plan.dims:
+            letters = (token,) if isinstance(token, str) else token
+            own.append(tuple(f for letter in letters for axis in found.state.letters[letter] for f in axes[axis]))
+        have = Layout(tuple(map(merge_neighbours, own)), found.ref.layout.offsets, found.ref.layout.source)
+        root = found.view.root(found.root)
+        wanted = found.view.peel(root).ref.layout if root is not None else have
+        if wanted == have:
+            return result
+        made = rearranged(self, result, have, wanted)
+        if made is None:
+            raise self.unmet(f"{found.root.name} does not lie in axes that the fused node's result has", found.root)
+        return made
 
     def require_kernels(self, target: Target) -> None:
         """Every new node has a kernel on the target, for its dtype and the model's opset.

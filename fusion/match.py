@@ -50,7 +50,7 @@ class Matcher:
         self.plan = plan
         self.record = record
         self.steps = 0
-        self.axes = Axes(plan.dims)
+        self.axes = Axes(plan)
         self.limit = 0
         self._root: Value | None = None
         self._tolerance = 0.0

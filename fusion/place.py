@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusion.dims import Dim, divide, equal, product
+from fusion.dims import Dim, divide
 from fusion.graph import Node, Scope, Value
 from fusion.layout import Factor, Layout
+from fusion.radix import digits
 from fusion.terms import Ref
-from fusion.verdict import Verdict
 from fusion.view import View
 
 if TYPE_CHECKING:
-    from fusion.emit import Builder, Operand
+    from fusion.emit import Builder, New, Operand
 
 REACH = 48
 """How many rearrangements of one value are looked at; hubs have thousands."""
@@ -101,8 +101,22 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
     if best is None:
         raise builder.unmet(f"{ref.value.name} cannot be rearranged into the axes the fused node reads", ref.value)
     _, value, steps = best
-    made: Operand = value
-    have: tuple[Dim, ...] = view.facts.shape(value) or ()
+    made = _written(builder, value, view.facts.shape(value) or (), steps)
+    given = view.facts.dtype(value)
+    if dtype is not None and given != dtype:
+        made = builder.shared("Cast", [made], ref.layout.shape, dtype=dtype, to=dtype)
+    return made
+
+
+def rearranged(builder: Builder, operand: New, have: Layout, wanted: Layout) -> New | None:
+    """An operand that lies as `have` brought into `wanted`, a layout over the same source; None where it cannot be."""
+    expressed = _express(wanted, have)
+    steps = _plan(expressed) if expressed is not None else None
+    made = None if steps is None else _written(builder, operand, have.shape, steps)
+    return made if made is None or not isinstance(made, Value) else None
+
+
+def _written(builder: Builder, made: Operand, have: tuple[Dim, ...], steps: _Steps) -> Operand:
     for op, target in steps.order:
         if op == "Transpose":
             have = tuple(have[axis] for axis in target)  # type: ignore[index]
@@ -116,9 +130,6 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
                 have = (1,) * (len(dims) - len(have)) + have
             made = builder.shared(op, [made, builder.sizes(dims, have, copy=op == "Reshape")], dims)
             have = dims
-    given = view.facts.dtype(value)
-    if dtype is not None and given != dtype:
-        made = builder.shared("Cast", [made], have, dtype=dtype, to=dtype)
     return made
 
 
@@ -190,10 +201,10 @@ def _plan(wanted: Layout) -> _Steps | None:
     split: list[tuple[int, Dim, Dim]] = []
     for axis, dim in enumerate(wanted.source):
         own = [factor for factors in wanted.axes for factor in factors if factor[0] == axis]
-        ordered = _descending([(stride, size) for _, stride, size in own])
-        if ordered is None or equal(product(size for _, size in ordered), dim) is not Verdict.YES:
+        ordered = digits(own, dim)
+        if ordered is None:
             return None
-        split.extend((axis, stride, size) for stride, size in ordered)
+        split.extend(ordered)
     steps = _Steps()
     if [size for *_, size in split] != list(wanted.source):
         steps.order.append(("Reshape", tuple(size for *_, size in split)))
@@ -229,21 +240,6 @@ def _is_aligned(wanted: Layout) -> bool:
         if not (whole or spread):
             return False
     return lead >= 0
-
-
-def _descending(factors: list[tuple[Dim, Dim]]) -> list[tuple[Dim, Dim]] | None:
-    """The factors of one axis from the outermost in, if each stride is the size of what is inside it."""
-    ordered: list[tuple[Dim, Dim]] = []
-    inner: Dim = 1
-    remaining = list(factors)
-    while remaining:
-        following = next((factor for factor in remaining if factor[0] == inner), None)
-        if following is None:
-            return None
-        remaining.remove(following)
-        ordered.insert(0, following)
-        inner = inner * following[1]
-    return ordered
 
 
 def shape_items(dims: tuple[Dim, ...], have: tuple[Dim, ...], copy: bool) -> list[int | Dim]:

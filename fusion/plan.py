@@ -85,6 +85,7 @@ class Plan:
     Attributes:
         root: the normal form of its result.
         dims: axes of the result.
+        inner: the letters of what a result with merged axes, such as `B S (H E)`, rearranges; else empty.
         anchors: for each mandatory part, the operators that may spell it; the rarest in a graph is the anchor.
         operators: every operator that may spell a part.
         height: how many of these may stand between an anchor and the root.
@@ -96,6 +97,7 @@ class Plan:
     pattern: Pattern
     root: Prod
     dims: Dims
+    inner: tuple[str, ...]
     captures: Mapping[str, Capture]
     kept: tuple[str, ...]
     anchors: tuple[frozenset[str], ...]
@@ -104,11 +106,6 @@ class Plan:
     weight: int
     refines: Pattern | None
     reads: frozenset[str]
-
-    @property
-    def is_grouped(self) -> bool:
-        """Whether the result has merged axes, such as `(H E)`."""
-        return any(isinstance(token, tuple) for token in self.dims)
 
 
 def compile_pattern(pattern: Pattern) -> list[Plan]:
@@ -124,6 +121,7 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
                 pattern,
                 root,
                 pattern.dims,
+                _inner(pattern.result),
                 pattern.captures,
                 builder.kept_names,
                 anchors,
@@ -140,6 +138,17 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
         if not decisions:
             return plans
         decisions[-1] += 1
+
+
+def _inner(result: Expr) -> tuple[str, ...]:
+    """The letters of the value that a result with merged axes rearranges."""
+    if all(isinstance(token, str) for token in result.tokens or ()):
+        return ()
+    if result.call is not None:
+        bound = result.call.letters
+        inner = _inner(result.call.pattern.result)
+        return tuple(outer for letter in inner for outer in bound.get(letter, (letter,)))
+    return tuple(result.args[0].dims or ())
 
 
 class _Builder:

@@ -318,9 +318,7 @@ class Rewriter:
         if node is None:
             return False
         if isinstance(single, p.MatMul):
-            if plan.is_grouped:
-                return self.view.rearranges(node)
-            return node.key in SPELLINGS["matmul"]
+            return node.key in SPELLINGS["matmul"] or (bool(plan.inner) and self.view.rearranges(node))
         if isinstance(single, p.Fused):
             return node.key in single.pattern.readers
         if isinstance(single, p.Op):

@@ -11,7 +11,7 @@ def sdpa(q, k, v, bias, scale):
     return softmax(scale * (q @ axes(k, "... T D -> ... D T")) + bias) @ v
 
 
-@pattern(q="B S (H D)", k="B T (H D)", v="B T (H E)", bias=rest("B H S T"), scale=scalar())
+@pattern(q="B S (H D)", k="B T (H|1 D)", v="B T (H|1 E)", bias=rest("B H S T"), scale=scalar())
 def multi_head_attention(q, k, v, bias, scale):
     """Attention over heads that lie side by side in the hidden axis (Vaswani et al. 2017, section 3.2.2)."""
     q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H T D")
