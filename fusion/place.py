@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusion.dims import Dim, divide
+from fusion.dims import Dim, broadcast, divide, stretched
 from fusion.graph import Node, Scope, Value
-from fusion.layout import Factor, Layout
+from fusion.layout import Axis, Factor, Layout, merge_neighbours
 from fusion.radix import digits
 from fusion.terms import Ref
+from fusion.verdict import Verdict
 from fusion.view import View
 
 if TYPE_CHECKING:
@@ -28,10 +29,23 @@ REACH = 48
 def standing(view: View, ref: Ref, dtype: int | None, at: Node) -> Value | None:
     """The value computed before `at` that lies exactly as `ref` says, in this dtype; None where there is none."""
     for value, layout in _rearranged(view, ref.value, at):
-        same = layout == ref.layout or (value is ref.value and _is_whole(ref.layout))
+        same = _agree(layout, ref.layout) or (value is ref.value and _is_whole(ref.layout))
         if same and (dtype is None or view.facts.dtype(value) == dtype):
             return value
     return None
+
+
+def _agree(have: Layout, wanted: Layout) -> bool:
+    """Whether two layouts over one source are the same map in every run in which they can be broadcast together."""
+    if have == wanted or have.offsets != wanted.offsets or len(have.axes) != len(wanted.axes):
+        return have == wanted
+    for own, other in zip(have.axes, wanted.axes, strict=True):
+        if len(own) != len(other) or any(a[:2] != b[:2] for a, b in zip(own, other, strict=True)):
+            return False
+        sizes = [(a[2], b[2]) for a, b in zip(own, other, strict=True) if a[2] != b[2]]
+        if any(broadcast(a, b) != b or stretched(a, b) is not Verdict.NO for a, b in sizes):
+            return False
+    return True
 
 
 def _is_whole(layout: Layout) -> bool:
@@ -134,12 +148,25 @@ def _written(builder: Builder, made: Operand, have: tuple[Dim, ...], steps: _Ste
 
 
 def _spread_out(view: View, ref: Ref, dtype: int | None, actual: tuple[Dim, ...], builder: Builder) -> Operand:
-    """A value whose axes are 1 or full, nobody knows which: Expand makes them full."""
-    if not _is_aligned(ref.layout) or (dtype is not None and view.facts.dtype(ref.value) != dtype):
-        raise builder.unmet(f"{ref.value.name} cannot be spread over the axes the fused node reads", ref.value)
-    dims = ref.layout.shape
-    have = (1,) * (len(dims) - len(actual)) + actual
-    return builder.shared("Expand", [ref.value, builder.sizes(dims, have, copy=False)], dims)
+    """A value whose axes are 1 or full, nobody knows which: it is rearranged as it lies, then Expand makes it full."""
+    layout = ref.layout
+    moved = [axis for axis, dim in enumerate(actual) if layout.source[axis] != dim]
+    whole = all(layout.whole(axis) is not None for axis in range(len(layout.axes)) if _reads(layout.axes[axis], moved))
+    if whole and (dtype is None or view.facts.dtype(ref.value) == dtype):
+        axes = tuple(
+            tuple((axis, stride, actual[axis] if axis in moved else size) for axis, stride, size in factors if axis is not None)
+            for factors in layout.axes
+        )
+        narrow = Layout(tuple(map(merge_neighbours, axes)), layout.offsets, actual)
+        steps = _plan(narrow) if narrow != Layout.identity(actual) else _Steps()
+        if steps is not None:
+            made = _written(builder, ref.value, actual, steps)
+            return builder.shared("Expand", [made, builder.sizes(layout.shape, narrow.shape, copy=False)], layout.shape)
+    raise builder.unmet(f"{ref.value.name} cannot be spread over the axes the fused node reads", ref.value)
+
+
+def _reads(factors: Axis, axes: list[int]) -> bool:
+    return any(axis in axes for axis, _, _ in factors)
 
 
 def _express(wanted: Layout, have: Layout) -> Layout | None:
@@ -149,29 +176,50 @@ def _express(wanted: Layout, have: Layout) -> Layout | None:
     axes = []
     for axis in wanted.axes:
         factors: list[Factor] = []
-        for source, stride, size in axis:
-            if source is None:
-                factors.append((None, 0, size))
-                continue
-            part = _find(have, source, stride, size)
-            if part is None:
+        for factor in axis:
+            parts = [factor] if factor[0] is None else _parts(have, factor)
+            if parts is None:
                 return None
-            factors.append(part)
-        axes.append(tuple(factors))
+            factors.extend(parts)
+        axes.append(merge_neighbours(factors))
     expressed = Layout(tuple(axes), (0,) * len(have.axes), have.shape)
     return expressed if expressed.compose(have) == wanted else None
 
 
-def _find(have: Layout, source: int, stride: Dim, size: Dim) -> tuple[int, Dim, Dim] | None:
-    for index, axis in enumerate(have.axes):
-        inner: Dim = 1
-        for own, step, length in reversed(axis):
-            if own == source:
-                multiple = divide(stride, step)
-                if multiple is not None and divide(length, multiple * size) is not None:
-                    return index, inner * multiple, size
-            inner = inner * length
+def _parts(have: Layout, factor: Factor) -> list[Factor] | None:
+    """A digit of the source in the digits of `have`, outermost first: it may lie across several of its axes."""
+    source, stride, need = factor
+    parts: list[Factor] = []
+    while need != 1:
+        for index, axis in enumerate(have.axes):
+            found = _digit(axis, source, stride)
+            size = found and _common(found[1], need)
+            if found and size:
+                parts.insert(0, (index, found[0], size))
+                stride, need = stride * size, divide(need, size) or 1
+                break
+        else:
+            return None
+    return parts
+
+
+def _digit(axis: Axis, source: int | None, stride: Dim) -> tuple[Dim, Dim] | None:
+    """Where steps of `stride` along the source lie in this axis: their stride in it, and how many there are."""
+    inner: Dim = 1
+    for own, step, length in reversed(axis):
+        multiple = divide(stride, step) if own == source else None
+        count = None if multiple is None else divide(length, multiple)
+        if multiple is not None and count is not None and count != 1:
+            return inner * multiple, count
+        inner = inner * length
     return None
+
+
+def _common(have: Dim, need: Dim) -> Dim | None:
+    """The smaller of two sizes, if it divides the larger."""
+    if divide(have, need) is not None:
+        return need
+    return have if divide(need, have) is not None else None
 
 
 def _inserted(have: tuple[Dim, ...], axes: tuple[Dim, ...]) -> tuple[Dim, ...]:
