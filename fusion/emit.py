@@ -312,11 +312,40 @@ class Builder:
         return self._operand(captured)
 
     def guarded(self, result: New) -> New:
-        """The result with 0 for NaN, where the region guards its softmax so: rows that are masked everywhere."""
-        if not any(node.key == "IsNaN" for node in self._found.region.core):
+        """The result with 0 for rows that are masked everywhere, where the region says so around its softmax.
+
+        Result (B, S, N), masks (B, H, S, T): `Where(IsNaN(p), 0, p)` becomes the same around the result, and
+        `Where(mask, p, 0)` becomes 0 for the rows in which the mask keeps no key.
+
+        Raises:
+            Unmet: a mask that is put on the probabilities was not put on the scores before them, or differs by head.
+        """
+        found = self._found
+        rest = [entry for bound in found.state.bound.values() for entry in _entries(bound)]
+        for entry in rest:
+            if entry.kind == "zero":
+                masks = [m for m in rest if m.kind == "mask" and (m.ref, m.keep) == (entry.ref, entry.keep)]
+                found.require(bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score")
+                result = self.Where(self._keeps(entry), result, self._scalar(0.0), dtype=result.dtype)
+        if not any(node.key == "IsNaN" for node in found.region.core):
             return result
         zero = self._scalar(0.0)
         return self.Where(self.IsNaN(result, dtype=TensorProto.BOOL), zero, result, dtype=result.dtype)  # type: ignore[no-any-return]
+
+    def _keeps(self, entry: Entry) -> New:
+        """Whether a mask (B, H, S, T) keeps a key, by row: (B, S, 1)."""
+        ref = _spread(entry.ref, keep=0)
+        found = self._found
+        found.require(not ref.layout.depends(1), f"{entry.ref.value.name} masks probabilities head by head")
+        mask = self.shared("Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32)
+        op, opset = "ReduceMax" if entry.keep else "ReduceMin", found.opset
+        if opset >= 18:
+            kept = self.shared(op, [mask, self.constant(int64([1, 3]), "axes")], None, keepdims=0)
+        else:
+            kept = self.shared(op, [mask], None, axes=[1, 3], keepdims=0)
+        column = self.unsqueezed(kept, [2], (ref.layout.shape[0], ref.layout.shape[2], 1))
+        truth = self.shared("Cast", [column], column.shape, dtype=TensorProto.BOOL, to=TensorProto.BOOL)
+        return truth if entry.keep else self.shared("Not", [truth], column.shape)
 
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
@@ -343,6 +372,8 @@ class Builder:
         smallest = float(np.finfo(self._numpy).min) if precise else -np.inf
         bias: Operand = None
         for entry in reversed(entries):
+            if entry.kind == "zero":
+                continue  # it is about the result: see `guarded`
             if entry.kind == "clamp":
                 if entry.fill > smallest * 0.999:
                     raise Unmet(f"scores are clamped to {entry.fill:g}", place=found.root.name)
@@ -464,6 +495,11 @@ class Builder:
     def unmet(self, text: str, value: Value) -> Unmet:
         """The error for a value that cannot be brought into the axes wanted."""
         return Unmet(text, kind="dimension", verdict=Verdict.UNKNOWN, place=value.name)
+
+
+def _entries(bound: object) -> tuple[Entry, ...]:
+    """The parts of a `rest` capture; nothing for any other."""
+    return bound if isinstance(bound, tuple) and not isinstance(bound, Ref) else ()
 
 
 def _spread(ref: Ref, keep: int) -> Ref:

@@ -17,12 +17,12 @@ from fusion.axes import Axes
 from fusion.describe import describe, describe_item, spell_dims
 from fusion.graph import Node, Value
 from fusion.language import letters_of
-from fusion.laws import linear, ring
+from fusion.laws import guards, linear, ring
 from fusion.layout import Layout
 from fusion.plan import Plan
 from fusion.schema import attribute, extra_attributes
 from fusion.spine import Spine
-from fusion.state import Context, Miss, State
+from fusion.state import Context, Entry, Miss, State
 from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref, Sum
 from fusion.verdict import Verdict
 from fusion.view import View
@@ -361,6 +361,9 @@ class Matcher:
 
     def softmax(self, atom: p.Softmax, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """A softmax over exactly the axis of its letter."""
+        if zeroed := guards.zeroed(node, given, self.view):
+            yield from self._zeroed(atom, zeroed, context, state)
+            return
         if node.key != "Softmax":
             yield from self.miss(
                 state, "operator", "Softmax", node.key, p.weight(Prod(1.0, ((atom, 1.0),))), node.label
@@ -383,6 +386,17 @@ class Matcher:
         for current in states:
             scores = _without_maximum(Ref(operand, given.layout), self.view, positions)
             yield from self.child(atom.child, scores, context, current)
+
+    def _zeroed(self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State) -> Iterator[State]:
+        """A softmax that is 0 where a mask hides: the mask is one more part of what stands beside the scores."""
+        source, condition, keep = zeroed
+        ref = self.view.peel(source).ref
+        single = atom.child.single
+        spine = self._spine(single, context) if isinstance(single, Sum) else None
+        if ref.value.producer is None or spine is None:
+            return
+        for matched in self.softmax(atom, ref.value.producer, ref, context, state):
+            yield from spine.outermost(Entry("zero", condition, 1.0, keep), matched)
 
     def mean(self, atom: p.Mean, given: Reduce, context: Context, state: State) -> Iterator[State]:
         """A mean; inside it the letters stand for the axes reduced."""

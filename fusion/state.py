@@ -33,8 +33,8 @@ class Entry(NamedTuple):
     """One part of a `rest` capture, outermost first.
 
     Attributes:
-        kind: "term" (coef * ref is added), "mask" (where ref is not `keep`, the score becomes `fill`) or "clamp" (the
-            score is at least `fill`).
+        kind: "term" (coef * ref is added), "mask" (where ref is not `keep`, the score becomes `fill`), "clamp" (the
+            score is at least `fill`) or "zero" (where ref is not `keep`, the softmax gives 0).
         ref: the value, in the axes of the capture.
     """
 
