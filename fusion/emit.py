@@ -7,19 +7,20 @@ with the axes of the capture is looked up, and only `op.arranged(...)` and its l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.dims import Dim, product
+from fusion.captures import parse
+from fusion.dims import Dim, divide, product
 from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.laws.noise import FLOATS
-from fusion.layout import Layout, merge_neighbours
+from fusion.layout import Axis, Layout, merge_neighbours, regroup
 from fusion.place import before, int64, place, rearranged, shape_items, standing
 from fusion.plan import Plan
 from fusion.region import Region, sources
@@ -191,6 +192,27 @@ class Captured:
         """Its shape in the axes of the capture."""
         return self.ref.layout.shape
 
+    def along(self, spec: str) -> Ref:
+        """The capture in other axes of the same letters, such as `B H T D` of one declared as `B T (H D)`.
+
+        Raises:
+            Unmet: a merged axis cannot be split, because a size in it is unknown.
+        """
+        found = self.found
+        axes: dict[str, Axis] = {}
+        for token, factors in zip(found.plan.captures[self.name].dims or (), self.ref.layout.axes, strict=True):
+            letters = (token,) if isinstance(token, str) else token
+            sizes = [product(found.dims(letter)) if letter in found.state.letters else None for letter in letters]
+            whole = product(size for _, _, size in factors)
+            rest = divide(whole, product(size for size in sizes if size is not None))
+            groups = regroup(factors, [rest if size is None else size for size in sizes]) if rest is not None else None  # type: ignore[misc]
+            if groups is None:
+                raise Unmet(f"{self.name} ({self.value.name}) cannot be split into {spec}", kind="dimension")
+            axes.update(zip(letters, groups, strict=True))
+        wanted = [(token,) if isinstance(token, str) else token for token in parse(spec)[0]]
+        made = (merge_neighbours(factor for letter in group for factor in axes[letter]) for group in wanted)
+        return Ref(self.value, Layout(tuple(made), self.ref.layout.offsets, self.ref.layout.source))
+
     def standing(self, dtype: int | None) -> Value:
         """The value of the graph that lies in the axes of the capture, with this dtype.
 
@@ -351,6 +373,27 @@ class Builder:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
         return None if captured is None else self.placed(captured.ref, self._found.dtype)
 
+    def fewest(self, *forms: Sequence[tuple[Captured, str]]) -> list[Operand]:
+        """Captures in the axes of one of these forms: the first of those that need the fewest new nodes."""
+        before = len(self.nodes), len(self.inputs)
+        best: tuple[int, list[NewNode], list[Value], list[Operand]] | None = None
+        refused: Unmet | None = None
+        for form in forms:
+            try:
+                made = [self.placed(captured.along(spec), self._found.dtype) for captured, spec in form]
+                count = len(self.nodes) - before[0]
+                if best is None or count < best[0]:
+                    best = count, self.nodes[before[0] :], self.inputs[before[1] :], made
+            except Unmet as unmet:
+                refused = refused or unmet
+            del self.nodes[before[0] :], self.inputs[before[1] :]
+        if best is None:
+            assert refused is not None, "a form is given"
+            raise refused
+        self.nodes += best[1]
+        self.inputs += best[2]
+        return best[3]
+
     def placed(self, ref: Ref, dtype: int | None) -> Operand:
         """A value in the axes of `ref`."""
         made = place(self._found.view, ref, dtype, self._found.node, self)
@@ -380,9 +423,9 @@ class Builder:
                 if bias is not None:
                     bias = self.shared("Max", [bias, self._scalar(entry.fill)], None)
                 continue
-            ref = _spread(entry.ref, keep=2 if bias is None else 0)
+            ref, placed = self._beside(entry, keep=2 if bias is None else 0)
             if entry.kind == "term":
-                term = self.placed(ref, found.dtype)
+                term = placed
                 if entry.coef != 1.0:
                     term = self.shared("Mul", [term, self._scalar(entry.coef)], ref.layout.shape)
                 bias = term if bias is None else self.shared("Add", [bias, term], ref.layout.shape)
@@ -396,9 +439,21 @@ class Builder:
             kept = self._scalar(0.0) if bias is None else bias
             fill = self._scalar(entry.fill)
             choices = [kept, fill] if entry.keep else [fill, kept]
-            condition = self.placed(ref, None)
-            bias = self.shared("Where", [condition, *choices], ref.layout.shape, dtype=found.dtype)
+            bias = self.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
         return bias
+
+    def _beside(self, entry: Entry, keep: int) -> tuple[Ref, Operand]:
+        """What stands beside the scores, as small as it can be had: broadcast axes as 1, else as they lie."""
+        dtype = self._found.dtype if entry.kind == "term" else None
+        refused: Unmet | None = None
+        for full in ((), (0,), (1,), (0, 1)):
+            ref = _spread(entry.ref, keep, full)
+            try:
+                return ref, self.placed(ref, dtype)
+            except Unmet as unmet:
+                refused = refused or unmet
+        assert refused is not None
+        raise refused
 
     def _scalar(self, value: float) -> New:
         return self.constant(np.array(value, self._numpy), "scalar")
@@ -502,12 +557,12 @@ def _entries(bound: object) -> tuple[Entry, ...]:
     return bound if isinstance(bound, tuple) and not isinstance(bound, Ref) else ()
 
 
-def _spread(ref: Ref, keep: int) -> Ref:
-    """Make broadcast axes size 1, but for the last `keep`, which are to be written out."""
+def _spread(ref: Ref, keep: int, full: Sequence[int] = ()) -> Ref:
+    """Make broadcast axes size 1, but for the last `keep`, which are to be written out, and those in `full`."""
     layout = ref.layout
     count = len(layout.axes) - keep
     axes = tuple(
-        () if index < count and all(source is None for source, *_ in axis) else axis
+        () if index < count and index not in full and all(source is None for source, *_ in axis) else axis
         for index, axis in enumerate(layout.axes)
     )
     return Ref(ref.value, Layout(axes, layout.offsets, layout.source))
