@@ -21,6 +21,7 @@ from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.laws.noise import FLOATS
 from fusion.layout import Axis, Layout, merge_neighbours, regroup
+from fusion.masks import ABSORBING, keeps_a_key
 from fusion.place import before, int64, place, rearranged, shape_items, standing
 from fusion.plan import Plan
 from fusion.region import Region, sources
@@ -430,7 +431,7 @@ class Builder:
                     term = self.shared("Mul", [term, self._scalar(entry.coef)], ref.layout.shape)
                 bias = term if bias is None else self.shared("Add", [bias, term], ref.layout.shape)
                 continue
-            if entry.fill > smallest * 0.999:
+            if entry.fill > smallest * 0.999 and not self._hides(entry, entries):
                 raise Unmet(
                     f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
                     "in rows masked everywhere",
@@ -441,6 +442,13 @@ class Builder:
             choices = [kept, fill] if entry.keep else [fill, kept]
             bias = self.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
         return bias
+
+    def _hides(self, entry: Entry, entries: tuple[Entry, ...]) -> bool:
+        """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row
+        keeps a key beside which the others vanish."""
+        after = entries[: entries.index(entry)]
+        only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
+        return only and keeps_a_key(self._found.view, entry.ref, entry.keep)
 
     def _beside(self, entry: Entry, keep: int) -> tuple[Ref, Operand]:
         """What stands beside the scores, as small as it can be had: broadcast axes as 1, else as they lie."""
