@@ -289,8 +289,9 @@ class Builder:
     def _numpy(self) -> np.dtype[Any]:
         return helper.tensor_dtype_to_np_dtype(self._found.dtype)
 
-    def packed(self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()) -> New | None:
-        """Weights put together along an axis; the bytes are joined only when the model is written.
+    def packed(self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()) -> Operand:
+        """Weights put together along an axis: the value of which they are the pieces, else a new one, the bytes of
+        which are joined only when the model is written.
 
         Args:
             captures: constant matrices (C, N) or vectors (N,); None where absent.
@@ -301,6 +302,10 @@ class Builder:
         """
         if not any(captures):
             return None
+        whole = _pieces_of(captures, axis)
+        if whole is not None and self._found.facts.dtype(whole) == self._found.dtype:
+            self.inputs.append(whole)
+            return whole
         parts: list[tuple[TensorProto, tuple[int, int] | None]] = []
         for index, capture in enumerate(captures):
             if capture is None:
@@ -558,6 +563,27 @@ class Builder:
     def unmet(self, text: str, value: Value) -> Unmet:
         """The error for a value that cannot be brought into the axes wanted."""
         return Unmet(text, kind="dimension", verdict=Verdict.UNKNOWN, place=value.name)
+
+
+def _pieces_of(captures: Sequence[Captured | None], axis: int) -> Value | None:
+    """The value that these captures are cut from along an axis, one after the other and nothing left out."""
+    first = captures[0]
+    end: Dim = 0
+    for capture in captures:
+        if capture is None or first is None or capture.value is not first.value:
+            return None
+        layout = capture.ref.layout
+        if len(layout.axes) != len(layout.source):
+            return None
+        for own, factors in enumerate(layout.axes):
+            cut = own == axis
+            size = product(length for _, _, length in factors)
+            if factors != merge_neighbours([(own, 1, size)]) or layout.offsets[own] != (end if cut else 0):
+                return None
+            if not cut and size != layout.source[own]:
+                return None
+        end = end + layout.shape[axis]
+    return first.value if first is not None and end == first.ref.layout.source[axis] else None
 
 
 def _entries(bound: object) -> tuple[Entry, ...]:
