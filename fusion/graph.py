@@ -502,7 +502,6 @@ class Graph:
         for scope in reversed(self.scopes):  # bodies before the graphs that hold them
             if scope.edited and not _detached(scope):
                 self._commit(scope)
-        self.model.edited = True
         return True
 
     def _commit(self, scope: Scope) -> None:
