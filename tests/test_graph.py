@@ -54,7 +54,7 @@ def test_a_value_read_twice_by_one_node_has_one_use_of_two_slots():
     x = value(graph, "x")
     assert list(x.uses.values()) == [2]
     assert x.only_use is producer(graph, "y")
-    assert (x.is_input, x.producer, x.is_output) == (True, None, False)
+    assert (x.producer, x.is_output) == (None, False)
 
 
 def test_a_graph_output_with_one_reader_has_no_only_use():
@@ -121,7 +121,6 @@ def test_an_initializer_that_is_an_input_is_not_a_constant():
     b.add(b.add("x", "w"), "v", output="y")
     graph = graph_of(b.model("y"))
     assert value(graph, "w").tensor is None
-    assert value(graph, "w").is_input
     assert value(graph, "v").tensor.name == "v"
 
 
@@ -158,7 +157,7 @@ def test_a_function_is_a_scope_of_its_own_opsets():
     assert function.find("x") is None
     total = function.values["b"].producer
     assert (total.version, next(iter(main.nodes)).version) == (13, 1)
-    assert function.values["a"].is_input
+    assert function.values["a"].producer is None
     assert function.values["b"].is_output
     assert graph.by_op.keys() == {"local::Twice", "Neg", "Sum"}
 
