@@ -300,6 +300,43 @@ def test_removing_a_node_with_bodies_frees_what_they_captured():
     assert [node.op_type for node in graph.model.proto.graph.node] == ["Neg", "Abs", "Relu"]
 
 
+def test_what_only_a_removed_body_read_goes_with_it():
+    model = with_body()
+    del model.graph.output[1:], model.graph.node[1]  # nothing but a body reads `outer` now
+    assert [node.op_type for node in model.graph.node] == ["Neg", "If"]
+    graph = graph_of(model)
+    y = value(graph, "y")
+    old = y.producer
+    graph.add_node(graph.main, "Relu", [value(graph, "x")], [y], at=old)
+    assert [node.op for node in graph.remove_dead([old])] == ["If", "Neg"]
+    assert "outer" not in graph.main.values
+
+
+def test_a_fresh_name_is_no_nodes_name_either():
+    graph = graph_of(with_body())
+    assert graph.fresh("If_y") != "If_y"
+
+
+def test_a_body_in_a_function_imports_into_the_function():
+    inner = Build(prefix="b")
+    body = inner.graph(inner.relu("a"))
+    nodes = [helper.make_node("If", ["c"], ["b"], then_branch=body, else_branch=body)]
+    function = helper.make_function("local", "F", ["a", "c"], ["b"], nodes, [helper.make_opsetid("", 17)])
+    b = Build(opset=17)
+    b.node("F", b.input("x", [2]), b.input("c", [], BOOL), output="y", domain="local")
+    graph = graph_of(b.model("y", functions=[function], domains=["local"]))
+    scope = graph.scopes[2]
+    (result,) = scope.outputs
+    old = result.producer
+    graph.import_opset("com.microsoft", 1)
+    graph.add_node(scope, "Gelu", [scope.find("a")], [result], at=old, domain="com.microsoft")
+    graph.remove_dead([old])
+    graph.commit()
+    proto = graph.model.proto
+    assert "com.microsoft" in {entry.domain for entry in proto.functions[0].opset_import}
+    assert "com.microsoft" not in {entry.domain for entry in proto.opset_import}
+
+
 def test_fresh_names_avoid_the_names_of_every_scope_and_each_other():
     graph = graph_of(with_body())
     inner = graph.scopes[1].outputs[0].name
