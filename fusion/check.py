@@ -154,15 +154,8 @@ def _declare(graph: GraphProto) -> None:
 
 def _only_runtime_knows(node: NodeProto, versions: dict[str, int]) -> bool:
     domain = "" if node.domain == "ai.onnx" else node.domain
-    if domain not in versions:
-        return False
-    try:
-        defs.get_schema(node.op_type, versions[domain], domain)
-    except TypeError:  # a name that is no UTF-8 text comes as bytes
-        return False
-    except defs.SchemaError:
-        return registry.knows(node.op_type, domain, versions[domain])
-    return False
+    asked = node.op_type, domain, versions.get(domain, 0)
+    return registry.standard().schema(*asked) is None and registry.current().schema(*asked) is not None
 
 
 def _all_nodes(body: GraphProto | FunctionProto) -> Iterator[NodeProto]:

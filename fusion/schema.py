@@ -1,39 +1,24 @@
 """What an operator's schema says about one node: attribute values with their defaults, and axes wherever they are kept.
 
 Defaults and the place of `axes` change with the opset; both are looked up for the opset that the node's scope imports.
-Standard operators come from `onnx.defs`; operators that only a runtime registers (`com.microsoft`, and the default
-domain's LayerNormalization before opset 17) from `fusion.registry`.
+They are onnx's; those of operators that only a runtime registers (`com.microsoft`, and the default domain's
+LayerNormalization before opset 17) are the runtime's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from onnx import AttributeProto, GraphProto, SparseTensorProto, TensorProto, TypeProto, defs, helper
+from onnx import AttributeProto, GraphProto, SparseTensorProto, TensorProto, TypeProto, helper
 
 from fusion import registry
 
 if TYPE_CHECKING:
     from fusion.graph import Node, Value
 
-Attribute = (
-    int
-    | float
-    | bytes
-    | TensorProto
-    | GraphProto
-    | SparseTensorProto
-    | TypeProto
-    | list[int]
-    | list[float]
-    | list[bytes]
-    | list[TensorProto]
-    | list[GraphProto]
-    | list[SparseTensorProto]
-    | list[TypeProto]
-)
+Attribute = int | float | bytes | TensorProto | GraphProto | SparseTensorProto | TypeProto | list[Any]
 
 
 class Integers(Protocol):
@@ -87,17 +72,14 @@ def extra_attributes(node: Node, allowed: Iterable[str] = ()) -> list[str]:
 @cache
 def defaults(op: str, domain: str, version: int) -> dict[str, Attribute]:
     """Return the default of every attribute that has one; empty where no schema is known. Shared: do not modify."""
-    try:
-        schema = defs.get_schema(op, version, domain)
-    except (defs.SchemaError, TypeError):  # TypeError: a name that is no UTF-8 text comes as bytes
-        return {
-            name: helper.get_attribute_value(proto) for name, proto in registry.defaults(op, domain, version).items()
-        }
-    return {
-        name: helper.get_attribute_value(attr.default_value)
-        for name, attr in schema.attributes.items()
-        if attr.default_value.name  # an attribute without a default has an empty AttributeProto here
-    }
+    for known in (registry.standard(), registry.current()):
+        schema = known.schema(op, domain, version)
+        if schema is not None:
+            return {
+                name: helper.get_attribute_value(AttributeProto.FromString(default))
+                for name, default in schema.defaults.items()
+            }
+    return {}
 
 
 # Operators with a set of axes, and the input that holds it in newer opsets.
