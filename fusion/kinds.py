@@ -75,8 +75,5 @@ def build(kind: str, proto: ModelProto, directory: Path | None) -> Any:
 
 def _ir_directory(ir: Any, model: Any) -> Path | None:
     """Return the folder that the model's external tensors name; they all come from one file."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                return Path(value.const_value.base_dir)
-    return None
+    values = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return next((Path(value.base_dir) for value in values if isinstance(value, ir.ExternalTensor)), None)

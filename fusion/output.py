@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,25 +31,28 @@ def write(model: Model, destination: Path) -> None:
     _check_destination(destination)
     try:
         with TemporaryDirectory(prefix=".", suffix=".part", dir=destination.parent) as folder:
-            files = [(Path(folder, str(index)), *file) for index, file in enumerate(_files(model, destination))]
-            for temporary, _, pieces in files:
-                with open(temporary, "xb") as stream:
-                    store.write(pieces, stream)
-            for temporary, target, _ in files:
+            complete: list[tuple[Path, Path]] = []
+            for target, pieces in _files(model, destination):
+                temporary = Path(folder, str(len(complete)))
+                with open(temporary, "xb") as file:
+                    store.write(pieces, file)
+                complete.append((temporary, target))
+            for temporary, target in complete:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.exists():
                     shutil.copymode(target, temporary)
-                os.replace(temporary, target)
+                shutil.move(temporary, target)  # a rename, but for data folders that lie on another disk
     except OSError as error:
         raise OutputError(f"{destination} cannot be written: {error.strerror or error}") from error
 
 
-def _files(model: Model, destination: Path) -> list[tuple[Path, list[Piece]]]:
-    """Return the files to be written and what goes into them, the model after its data."""
+def _files(model: Model, destination: Path) -> Iterator[tuple[Path, list[Piece]]]:
+    """Yield the files to be written and what goes into them, the model after its data."""
     pieces = model.pieces()
     shell = model.serialized()
     found = external.references(shell, model.label)
-    files = [] if model.directory is None else _copies(model.directory, found, destination)
+    if model.directory is not None:
+        yield from _copies(model.directory, found, destination)
     if found or _size(pieces) > LARGEST:
         # A model that keeps its weights outside, or has no room for more, gets its new ones outside as well.
         target = _data_file(destination, {reference.location for reference in found})
@@ -57,18 +61,18 @@ def _files(model: Model, destination: Path) -> list[tuple[Path, list[Piece]]]:
         if data:
             if target.exists() and target.name not in _locations_in(destination):
                 raise OutputError(f"{target} is in the way of the model's new weights: remove it, or save elsewhere")
-            files.append((target, data))
+            yield target, data
             pieces = payload.restore(spilled)
     if _size(pieces) > LARGEST:
         raise OutputError(
             f"{destination}: the model takes {_size(pieces):,} bytes, and protobuf stops at 2 GB: "
             "keep its weights as external data"
         )
-    return [*files, (destination, pieces)]
+    yield destination, pieces
 
 
-def _copies(directory: Path, found: list[external.Reference], destination: Path) -> list[tuple[Path, list[Piece]]]:
-    """Return the data files that must be copied so that the model finds its data beside the destination.
+def _copies(directory: Path, found: list[external.Reference], destination: Path) -> Iterator[tuple[Path, list[Piece]]]:
+    """Yield the data files that must be copied so that the model finds its data beside the destination.
 
     Nothing where both are one folder, or where the files are there already with the same content. A different file of
     that name is replaced only if the model that is being replaced keeps its data in it: nobody else's weights are
@@ -78,7 +82,6 @@ def _copies(directory: Path, found: list[external.Reference], destination: Path)
     if destination.exists() and any(map(destination.samefile, files.values())):
         raise OutputError(f"{destination} holds the model's own weights: choose another destination")
     owned = _locations_in(destination)
-    copies: list[tuple[Path, list[Piece]]] = []
     for location, file in files.items():
         target = destination.parent / location
         if target.exists():
@@ -91,9 +94,8 @@ def _copies(directory: Path, found: list[external.Reference], destination: Path)
                     f"{target} exists with other content, and the model's external data would replace it: "
                     "choose another folder, or remove the file"
                 )
-        data = FileStore(file)
-        copies.append((target, [Payload(data, 0, 0, len(data))]))
-    return copies
+        data = FileStore(file)  # open only while it is copied: there may be a file per tensor
+        yield target, [Payload(data, 0, 0, len(data))]
 
 
 def _locations_in(path: Path) -> set[str]:

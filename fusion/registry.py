@@ -245,8 +245,7 @@ def completed(schema: Schema, inputs: Sequence[int | None]) -> list[str]:
     """Return a type per input slot, "" for one that is left out; a required one of unknown type gets a likely one."""
     given = ["" if data_type is None else type_name(data_type) for data_type in inputs]
     # All of them, for onnxruntime aborts on definitions that read an optional input beyond the last one given.
-    given += [""] * (len(schema.inputs) - schema.variadic - len(given))
-    given += [""] * (schema.required - len(given))
+    given += [""] * (max(len(schema.inputs) - schema.variadic, schema.required) - len(given))
     bound: dict[str, str] = {}
     for slot, kind in enumerate(given):
         formal = schema.parameter(slot)

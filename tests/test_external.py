@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,25 @@ def test_in_another_folder_the_data_goes_along(data: str, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "new.onnx").read_bytes() == source.read_bytes()
     assert (tmp_path / "out" / data).read_bytes() == (tmp_path / "in" / data).read_bytes()
     assert not (tmp_path / "out" / data).samefile(tmp_path / "in" / data)
+
+
+def test_a_model_may_have_more_data_files_than_a_process_can_open(tmp_path: Path) -> None:
+    proto = model(location="w0.bin")
+    for index in range(1, 60):
+        tensor = proto.graph.initializer.add()
+        tensor.CopyFrom(proto.graph.initializer[0])
+        tensor.name, tensor.external_data[0].value = f"w{index}", f"w{index}.bin"
+    for index in range(60):
+        (tmp_path / f"w{index}.bin").write_bytes(VALUES.tobytes())
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    (tmp_path / "out").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, limits[1]))
+    try:
+        save(load(tmp_path / "m.onnx"), tmp_path / "out" / "m.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(names(tmp_path / "out")) == 61
 
 
 def test_the_folder_may_be_reached_by_another_way(tmp_path: Path) -> None:
