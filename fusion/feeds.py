@@ -267,9 +267,9 @@ def mask(shape: Sequence[int], kind: str, rng: np.random.Generator) -> np.ndarra
         rng: where it is random.
     """
     keep = np.ones(shape, np.int64)
-    if not keep.ndim or not keep.size or kind == "full":
+    if not keep.size or kind == "full":
         return keep
-    rows = keep.reshape(-1, shape[-1])
+    rows = keep.reshape(-1, shape[-1] if shape else 1)
     count, length = rows.shape
     if kind == "holes":
         rows[:] = rng.integers(0, 2, rows.shape)
