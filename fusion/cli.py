@@ -161,17 +161,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run the same inputs through two models and compare every output. Exit code 1 where they differ."""
+    sizes = _sizes(size or [])
     with _busy(f"verifying {b.name}") as progress:
         report = verify_models(
-            a,
-            b,
-            inputs=inputs,
-            runs=runs,
-            sizes=_sizes(size or []),
-            rtol=rtol,
-            atol=atol,
-            optimized=optimized,
-            progress=progress,
+            a, b, inputs=inputs, runs=runs, sizes=sizes, rtol=rtol, atol=atol, optimized=optimized, progress=progress
         )
     _show(report, as_json)
     if not report.equal:

@@ -52,12 +52,7 @@ def write(difference: Diff, path: Path, title: str, limit: int) -> None:
 
 
 def draw(nodes: Sequence[NodeView], region: Region, kind: str) -> dict[str, Any] | None:
-    """Lay one side of a region out in layers, each node below what it reads.
-
-    Args:
-        nodes: the nodes of that side.
-        region: to which they belong.
-        kind: class of their boxes, "node" or "new"; a value at the border is a "value".
+    """Lay one side of a region out in layers, each node below what it reads, in boxes of a kind ("node" or "new").
 
     Returns:
         Width, height, boxes and the curves between them; None where there are no nodes, too many, or a circle of them.

@@ -102,14 +102,8 @@ def interface(
     b: Iterable[ValueInfoProto],
     change: Callable[[ValueInfoProto, ValueInfoProto], str],
 ) -> Iterator[tuple[str, str]]:
-    """Yield what differs between declared inputs or outputs: the name, empty for the order, and a sentence.
-
-    Args:
-        kind: "input" or "output".
-        a: the declarations of the first model.
-        b: those of the second.
-        change: how two of one name differ, in words; empty where they do not.
-    """
+    """Yield what differs between the declared inputs or outputs of two models: the name, empty for the order, and a
+    sentence. `change` says how two of one name differ, or nothing."""
     there, here = {i.name: i for i in a}, {i.name: i for i in b}
     yield from ((name, f"{kind} {name!r} is missing in the second model") for name in there if name not in here)
     yield from ((name, f"{kind} {name!r} is new in the second model") for name in here if name not in there)
@@ -233,15 +227,9 @@ class _Walk:
 def _pair(
     a: Sequence[NodeProto], b: Sequence[NodeProto], names: ChainMap[str, str]
 ) -> tuple[list[tuple[NodeProto, NodeProto]], list[NodeProto], list[NodeProto]]:
-    """Pair the nodes of two scopes, in one pass over each.
+    """Return the pairs of nodes of two scopes, the nodes of `a` alone and those of `b` alone, in one pass over each.
 
-    Args:
-        a: nodes of the first model.
-        b: nodes of the second.
-        names: values of `b` that have another name in `a`; those that are found are added.
-
-    Returns:
-        The pairs, the nodes of `a` alone, and the nodes of `b` alone.
+    Values of `b` that are found to have another name in `a` are added to `names`.
     """
     by_value = {name: i for i, node in enumerate(a) for name in node.output if name}
     values_after = {name for node in b for name in node.output if name}

@@ -259,13 +259,7 @@ class Feeder:
 
 
 def mask(shape: Sequence[int], kind: str, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Return ones and zeros over the last axis; its leading axes are rows.
-
-    Args:
-        shape: of the mask.
-        kind: of `MASKS`.
-        rng: where it is random.
-    """
+    """Return ones and zeros, of a kind of `MASKS`, over the last axis; the leading axes are rows."""
     keep = np.ones(shape, np.int64)
     if not keep.size or kind == "full":
         return keep

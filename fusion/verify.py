@@ -131,7 +131,7 @@ def verify(
     rtol: float | None = None,
     atol: float | None = None,
     optimized: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> VerifyReport:
     """Run the same inputs through two models and compare every output.
 
@@ -173,8 +173,7 @@ def verify(
     precision = compute_precision(first.proto)
     total = len(expected.runs)
     for done, (feed, results, again) in enumerate(expected.runs):
-        if progress:
-            progress(done, total)
+        progress(done, total)
         try:
             got = _run_second(session, second, feed, expected.engine)
         except Unjudged as refusal:
@@ -201,8 +200,7 @@ def verify(
         if not output.worst.equal:
             sentence = f"output {output.name!r}: {output.worst.reason}"
             report.differences.append(Difference("value", output.name, sentence, output.feed))
-    if progress:
-        progress(total, total)
+    progress(total, total)
     return report
 
 

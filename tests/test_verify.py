@@ -239,6 +239,14 @@ def test_masks_come_full_padded_on_both_sides_with_holes_and_with_an_empty_row()
     assert seen["holes"].any(axis=1).all()
 
 
+def test_a_truth_value_is_true_and_false() -> None:
+    text = """g (bool c, float[n] x) => (float[n] y) {
+      y = If (c) <then_branch = t () => (float[n] a) { a = Neg (x) },
+                  else_branch = e () => (float[n] b) { b = Abs (x) }> }"""
+    assert {bool(feed.values["c"]) for feed, _ in zip(feeder(text), range(8), strict=False)} == {True, False}
+    assert not verify(model(text), model(text.replace("Abs", "Exp"))).equal
+
+
 def test_the_size_of_a_vocabulary_is_found_by_trying() -> None:
     text = "g (int64[n] ids, float[20, 4] table) => (float[n, 4] y) { y = Gather (table, ids) }"
     drawn = [feed.values["ids"] for feed, _ in zip(feeder(text), range(8), strict=False)]
