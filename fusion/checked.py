@@ -243,12 +243,12 @@ class Trial:
         if known is not None and list(known.shape) == shape:
             items = [None if item is None else evaluate(item, sizes) for item in known.items]
             return np.array([0 if item is None else item for item in items]).reshape(shape).astype(dtype)
-        seen = mask(shape, MASKS[kind], rng)
         if not is_float(dtype):
-            return seen.astype(dtype)
+            return mask(shape, MASKS[kind], rng).astype(dtype)
         finest = ml_dtypes.finfo(dtype)
         if value in self.masks and kind != RANDOM:
-            return np.where(seen, 0.0, -np.inf if kind == ROWS else float(finest.min)).astype(dtype)
+            fill = -np.inf if kind == ROWS else float(finest.min)
+            return np.where(mask(shape, MASKS[kind], rng), 0.0, fill).astype(dtype)
         numbers = rng.standard_normal(shape)
         if kind == ZEROS:
             numbers = np.copysign(0.0, numbers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -103,6 +104,7 @@ def worse(first: Comparison, second: Comparison) -> Comparison:
     return max(first, second, key=lambda c: (not c.equal, c.error))
 
 
+@cache
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether the type rounds: IEEE floats and complex numbers, bfloat16 and the float8 family."""
     try:
@@ -112,6 +114,7 @@ def is_float(dtype: np.dtype[Any]) -> bool:
     return True
 
 
+@cache
 def epsilon(dtype: np.dtype[Any]) -> float:
     """Return the distance from 1.0 to the next number of a float type."""
     return float(ml_dtypes.finfo(dtype).eps)
@@ -148,9 +151,9 @@ def _differing(
     differs: Array, a: Array, b: Array, what: str, error: float | None = None, allowed: float = 0.0
 ) -> Comparison | None:
     """The comparison where one must not be unlike the other anywhere; None where nothing `differs`."""
-    count = int(differs.sum())
-    if not count:
+    if not differs.any():
         return None
+    count = int(differs.sum())
     where = _index(int(np.argmax(differs)), a.shape)
     reason = f"{what.format(count=count, size=a.size)}, first at {list(where)}: {a[where]} became {b[where]}"
     return Comparison(False, reason, count / a.size if error is None else error, tolerance=allowed, where=where)
@@ -159,11 +162,12 @@ def _differing(
 def _roughly(expected: Array, got: Array, allowed: float, atol: float, eps: float) -> Comparison:
     wide = np.complex128 if expected.dtype.kind == "c" else np.float64
     a, b = expected.astype(wide), got.astype(wide)
-    infinite = np.isinf(a) | np.isinf(b)
-    for name, moved in (("NaN", np.isnan(a) != np.isnan(b)), ("infinity", infinite & (a != b))):
-        if found := _differing(moved, a, b, name + " differs in {count} of {size} elements", np.inf, allowed):
-            return found
     finite = np.isfinite(a)
+    if not (finite.all() and np.isfinite(b).all()):
+        infinite = np.isinf(a) | np.isinf(b)
+        for name, moved in (("NaN", np.isnan(a) != np.isnan(b)), ("infinity", infinite & (a != b))):
+            if found := _differing(moved, a, b, name + " differs in {count} of {size} elements", np.inf, allowed):
+                return found
     magnitude = np.where(finite, np.abs(a), 0.0)
     with np.errstate(all="ignore"):
         apart = np.where(finite, np.abs(a - b), 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -27,12 +28,7 @@ LISTED = 200  # other changes of one kind
 def write(difference: Diff, path: Path, title: str, limit: int) -> None:
     """Write the page, the regions that something went in for first; see `Diff.to_html`."""
     regions = sorted(difference.regions, key=lambda region: not region.added)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["operators"] = operators_of
-    template = environment.from_string(files("fusion").joinpath("data/diff.html.jinja").read_text("utf-8"))
-    text = template.render(
+    text = _template().render(
         title=title,
         difference=difference,
         kinds=Counter(region.kind for region in regions).most_common(),
@@ -49,6 +45,15 @@ def write(difference: Diff, path: Path, title: str, limit: int) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["operators"] = operators_of
+    return environment.from_string(files("fusion").joinpath("data/diff.html.jinja").read_text("utf-8"))
 
 
 def draw(nodes: Sequence[NodeView], region: Region, kind: str) -> dict[str, Any] | None:
