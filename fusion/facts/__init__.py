@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from onnx import ValueInfoProto
 
-from fusion.dims import Bound, Dim, Poly, lower, substitute, symbol, weight
+from fusion.dims import Bound, Dim, Poly, atom_of, lower, substitute, symbol, weight
 from fusion.facts import constants, dtypes, equalities, numbers, rearrange, shapes, values
 from fusion.facts.integers import IntTensor
 from fusion.graph import Graph, Node, Scope, Value
@@ -58,6 +58,7 @@ class Facts:
         self.graph = graph
         self.equal: dict[Poly, Dim] = {}
         """Learned equalities: atom → what it equals. Applied to every dimension of every fact."""
+        self._least: list[Dim] = []
         self._dims: set[Poly] = set()
         self._scopes: dict[Scope, str] = {}
         self._substituted: dict[Dim, Dim] = {}
@@ -148,6 +149,9 @@ class Facts:
     def assume(self, atom: Poly, value: Dim) -> None:
         """Replace `atom` by `value` in every fact found from now on."""
         equalities.close(self.equal, atom, value)
+        smaller = atom_of(atom)
+        if smaller is not None and smaller.kind == "min0" and value in (0, smaller.args[0]):
+            self._least.append(smaller.args[0] if value == 0 else -smaller.args[0])
         self._substituted.clear()
 
     def not_negative(self, dim: Dim, scope: Scope) -> None:
@@ -161,7 +165,7 @@ class Facts:
             return dim
         found = self._substituted.get(dim)
         if found is None:
-            found = self._substituted[dim] = substitute(dim, self.equal)
+            found = self._substituted[dim] = substitute(dim, self.equal, self._least)
         return found
 
     def lower(self, dim: Dim) -> Bound:
