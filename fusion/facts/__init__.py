@@ -32,10 +32,18 @@ _DEPTH = 40
 
 
 class _Table(Generic[T]):
-    """One kind of fact: how to find it, and what was found."""
+    """One kind of fact: how to find it, and what was found.
 
-    def __init__(self, rule: Callable[[Value], T | None]) -> None:
+    Args:
+        rule: works the fact out.
+        like: the value that has the same fact, if it has any: most operators keep shape and element type.
+    """
+
+    def __init__(
+        self, rule: Callable[[Value], T | None], like: Callable[[Value], Value | None] | None = None
+    ) -> None:
         self.rule = rule
+        self.like = like
         self.known: dict[Value, T | None] = {}
 
 
@@ -62,8 +70,8 @@ class Facts:
         self._scopes: dict[Scope, str] = {}
         self._substituted: dict[Dim, Dim] = {}
         self._depth = 0
-        self._dtypes = _Table[int](lambda value: dtypes.dtype(self, value))
-        self._shapes = _Table[tuple[Dim, ...]](self._find_shape)
+        self._dtypes = _Table[int](lambda value: dtypes.dtype(self, value), dtypes.like)
+        self._shapes = _Table[tuple[Dim, ...]](self._find_shape, self._same_shape)
         self._integers = _Table[IntTensor](lambda value: values.integers(self, value))
         self._numbers = _Table[float](lambda value: numbers.number(self, value))
         self._layouts = _Table[Layout](self._find_layout)
@@ -77,7 +85,8 @@ class Facts:
 
     def dtype(self, value: Value) -> int | None:
         """The element type, a `TensorProto.DataType`; None where unknown or no tensor."""
-        return self._ask(self._dtypes, value)
+        known = self._dtypes.known
+        return known[value] if value in known else self._ask(self._dtypes, value)
 
     def shape(self, value: Value) -> tuple[Dim, ...] | None:
         """The dimensions; None where the rank is unknown. An unknown dimension is a symbol of its own."""
@@ -86,7 +95,7 @@ class Facts:
 
     def rank(self, value: Value) -> int | None:
         """The number of dimensions."""
-        shape = self._ask(self._shapes, value)
+        shape = self.shape(value)
         return None if shape is None else len(shape)
 
     def integers(self, value: Value) -> IntTensor | None:
@@ -179,9 +188,18 @@ class Facts:
             return self._settle(table, value)
         if self._depth >= _DEPTH:
             raise _TooDeep(table, value)
+        chain, like = [value], table.like
+        while like is not None and (source := like(chain[-1])) is not None:
+            chain.append(source)
+            if source in known:
+                break
+        result = known.get(chain[-1])
         self._depth += 1
         try:
-            result = known[value] = table.rule(value)
+            for following in reversed(chain):  # where nothing is known of the source, its own declaration may say it
+                if result is None:
+                    result = table.rule(following)
+                known[following] = result
         finally:
             self._depth -= 1
         return result
@@ -203,6 +221,10 @@ class Facts:
 
     def _find_layout(self, value: Value) -> Layout | None:
         return None if value.producer is None else rearrange.layout(self, value.producer, value.slot)
+
+    def _same_shape(self, value: Value) -> Value | None:
+        node = value.producer
+        return None if node is None else shapes.like(node, self._shapes.known)
 
     def _find_shape(self, value: Value) -> tuple[Dim, ...] | None:
         tensor = constants.stored(value)
