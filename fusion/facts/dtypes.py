@@ -42,7 +42,7 @@ _LIKE_INPUT = frozenset(
 )
 
 
-def like(value: Value) -> Value | None:
+def like(value: Value, known: object) -> Value | None:
     """The input that has the element type of `value` by the operator's schema; None where that says something else."""
     node = value.producer
     if node is None or node.domain:

@@ -27,8 +27,11 @@ def shape(facts: Facts, node: Node, slot: int) -> Dims | None:
     return None if rule is None else rule(facts, node, slot)
 
 
-def like(node: Node, known: Mapping[Value, tuple[Dim, ...] | None]) -> Value | None:
-    """The input whose shape every output has, as far as what is known by now says it."""
+def like(value: Value, known: Mapping[Value, tuple[Dim, ...] | None]) -> Value | None:
+    """The input that has the shape of `value`, as far as what is known by now says it."""
+    node = value.producer
+    if node is None:
+        return None
     rule = RULES.get(node.key)
     if rule is same:
         return node.input(0)
