@@ -176,14 +176,17 @@ class _Application:
             node.proto.metadata_props.add(key=key, value=text)
 
 
+_LAWS = {
+    "ring": ring.SUMS | ring.PRODUCTS,
+    "powers": powers.OPERATORS,
+    "reduction": reduction.OPERATORS,
+    "contraction": contraction.OPERATORS,
+    "noise": {"Cast", "Identity", "Dropout"},
+    "guards": {"Where", "IsNaN"},
+}
+
+
 def _laws(nodes: Sequence[Node]) -> list[str]:
     """The laws under which these nodes were read."""
-    known = {
-        "ring": ring.SUMS | ring.PRODUCTS,
-        "powers": powers.OPERATORS,
-        "reduction": reduction.OPERATORS,
-        "contraction": contraction.OPERATORS,
-        "noise": {"Cast", "Identity", "Dropout"},
-        "guards": {"Where", "IsNaN"},
-    }
-    return [law for law, operators in known.items() if any(node.key in operators for node in nodes)]
+    operators = {node.key for node in nodes}
+    return [law for law, known in _LAWS.items() if not operators.isdisjoint(known)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -147,6 +147,7 @@ class Rewriter:
         self.check = check
         self.plans = [plan for pattern in patterns for plan in plans_of(pattern)]
         self._matchers = {plan: Matcher(self.view, plan) for plan in self.plans}
+        self._tops = {plan: _tops(plan) for plan in self.plans}
         self.outcome = Outcome()
         self._reached: dict[tuple[Node, frozenset[str], int], dict[Value, int]] = {}
         self._failed: dict[tuple[str, str], NearMiss] = {}
@@ -262,7 +263,8 @@ class Rewriter:
         nodes = min(choices, key=len)
         if any(node.op == "Pow" for node in nodes):  # the root of a norm, not its squares
             nodes = [node for node in nodes if node.op != "Pow" or self._is_root(node)]
-        return sorted(nodes, key=lambda node: (node.scope.name, node.position))
+        names = {scope: scope.name for scope in {node.scope for node in nodes}}
+        return sorted(nodes, key=lambda node: (names[node.scope], node.position))
 
     def _is_root(self, node: Node) -> bool:
         exponent = node.input(1)
@@ -311,40 +313,32 @@ class Rewriter:
 
     def _climb(self, plan: Plan, anchor: Node) -> dict[Value, int]:
         reached: dict[Value, int] = {}
-        stack = [(value, 0, 0) for value in anchor.outputs[:1] if value is not None]
-        while stack and len(reached) < CLIMB:
-            value, above, distance = stack.pop(0)
+        queue = [(value, 0, 0) for value in anchor.outputs[:1] if value is not None]
+        for value, above, distance in queue:
+            if len(reached) == CLIMB:
+                break
             if value in reached:
                 continue
             reached[value] = above
             if len(value.uses) > 6 or distance == DISTANCE:
                 continue
             for node in value.uses:
-                step = 0 if node.key in PASSING else 1
-                if (
-                    (step and node.key not in plan.operators)
-                    or above + step > plan.height
-                    or node.scope is not anchor.scope
-                ):
+                key = node.key
+                step = key not in PASSING
+                if (step and (above == plan.height or key not in plan.operators)) or node.scope is not anchor.scope:
                     continue
-                far = distance + (node.key in MERGED)
-                stack.extend((output, above + step, far) for output in node.outputs[:1] if output is not None)
+                output = node.outputs[0] if node.outputs else None
+                if output is not None:
+                    queue.append((output, above + step, distance + (key in MERGED)))
         return reached
 
     def _may_be_root(self, plan: Plan, value: Value) -> bool:
         node = value.producer
-        single = plan.root.single
         if node is None:
             return False
-        if isinstance(single, p.MatMul):
-            return node.key in SPELLINGS["matmul"] or (bool(plan.inner) and self.view.rearranges(node))
-        if isinstance(single, p.Fused):
-            return node.key in single.pattern.readers
-        if isinstance(single, p.Op):
-            return node.key == single.name
-        if isinstance(single, p.Softmax):
-            return node.key in SPELLINGS["softmax"]
-        return node.key in MERGED
+        if node.key in self._tops[plan]:
+            return True
+        return bool(plan.inner) and isinstance(plan.root.single, p.MatMul) and self.view.rearranges(node)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -456,6 +450,18 @@ def plans_of(pattern: Pattern) -> list[Plan]:
     if known is None:
         known = _plans[id(pattern)] = (pattern, compile_pattern(pattern))
     return known[1]
+
+
+def _tops(plan: Plan) -> Container[str]:
+    """The operators that may compute the result, but for a rearrangement."""
+    single = plan.root.single
+    if isinstance(single, p.MatMul):
+        return SPELLINGS["matmul"]
+    if isinstance(single, p.Fused):
+        return single.pattern.readers
+    if isinstance(single, p.Op):
+        return {single.name}
+    return SPELLINGS["softmax"] if isinstance(single, p.Softmax) else MERGED
 
 
 def _is_stale(candidate: Candidate) -> bool:

@@ -89,9 +89,13 @@ def leaf(atom: Atom) -> Prod:
 def multiply(*terms: Prod) -> Prod:
     """The product; exponents of one atom are added where they have one sign (x / x is not 1 where x is 0)."""
     coef = 1.0
-    merged: dict[tuple[Atom, bool], float] = {}
     for term in terms:
         coef *= term.coef
+    factored = [term for term in terms if term.factors]
+    if len(factored) < 2:
+        return Prod(coef, factored[0].factors if factored else ())
+    merged: dict[tuple[Atom, bool], float] = {}
+    for term in factored:
         for atom, exponent in term.factors:
             key = (atom, exponent > 0)
             merged[key] = merged.get(key, 0.0) + exponent
@@ -133,12 +137,7 @@ def add(const: float, items: Iterable[Item]) -> Prod:
             const += item.coef
         else:
             opened.append(item)
-    merged: dict[frozenset[tuple[Atom, float]], Item] = {}
-    for item in opened:
-        key = frozenset(item.factors)
-        known = merged.get(key)
-        merged[key] = item if known is None else Item(known.coef + item.coef, item.factors)
-    parts = [item for item in merged.values() if item.coef != 0.0]
+    parts = [item for item in (_merged(opened) if len(opened) > 1 else opened) if item.coef != 0.0]
     if not parts:
         return number(const)
     if len(parts) == 1 and const == 0.0:
@@ -150,6 +149,15 @@ def add(const: float, items: Iterable[Item]) -> Prod:
     inverse = tuple((atom, -exponent) for atom, exponent in common)
     reduced = [Item(part.coef, _divide(part.factors, dict(inverse))) for part in parts]
     return multiply(rest, add(0.0, reduced))
+
+
+def _merged(items: list[Item]) -> Iterable[Item]:
+    merged: dict[frozenset[tuple[Atom, float]], Item] = {}
+    for item in items:
+        key = frozenset(item.factors)
+        known = merged.get(key)
+        merged[key] = item if known is None else Item(known.coef + item.coef, item.factors)
+    return merged.values()
 
 
 def _scaled(item: Item, coef: float) -> Item:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fusion.facts import Facts
+from fusion.facts import Facts, rearrange
 from fusion.graph import Graph, Node, Value
 from fusion.laws import contraction, guards, noise, powers, reduction, ring
 from fusion.layout import Layout
@@ -25,6 +25,9 @@ MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 
 OPENED = MERGED | reduction.COUNTED
 """Operators whose term is opened inside a product or sum: also reductions, whose count meets the numbers around."""
+
+PASSED = noise.OPERATORS | {"Where"} | rearrange.RULES.keys()
+"""Operators that a reference may be followed through."""
 
 DEPTH = 60
 """How deep private arithmetic is opened; a chain of thousands of additions is no formula."""
@@ -80,10 +83,10 @@ class View:
         """
         if value in self._numbers:
             return self._numbers[value]
-        stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
-        shape = self.facts.shape(value)
         constant: float | None = None
-        if not stored or (shape is not None and all(dim == 1 for dim in shape)):
+        stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
+        shape = self.facts.shape(value) if stored else ()
+        if shape is not None and all(dim == 1 for dim in shape):
             constant = self.facts.number(value)
         self._numbers[value] = constant
         return constant
@@ -107,12 +110,17 @@ class View:
         value = node.inputs[index]
         shape = self.facts.shape(value) if value is not None else None
         if strict is not None:
-            return self.peel(strict).ref
+            return self.source(strict)
         if value is None or shape is None or len(shape) > len(ref.layout.source):
             return None
         full = ref.layout.source[len(ref.layout.source) - len(shape) :]
         layout = ref.layout.broadcast_over(tuple(1 if own == 1 else dim for own, dim in zip(shape, full, strict=True)))
         return None if layout is None else Ref(value, layout)
+
+    def source(self, ref: Ref) -> Ref:
+        """What `ref` reads behind layouts, noise and guards."""
+        node = ref.value.producer
+        return ref if node is None or node.op not in PASSED else self.peel(ref).ref
 
     def peel(self, ref: Ref) -> Peeled:
         """Follow `ref` through layouts, noise and guards."""
@@ -137,7 +145,7 @@ class View:
     def step(self, value: Value, layout: Layout) -> tuple[Value, Layout] | None:
         """One step back through a layout operator, noise or a guard; None where `value` is something of its own."""
         node = value.producer
-        if node is None:
+        if node is None or node.op not in PASSED:
             return None
         repeated = noise.crossed(node, value, self.facts) or guards.guarded(node, self.facts)
         if repeated is not None:
@@ -153,7 +161,7 @@ class View:
     def rearranges(self, node: Node) -> bool:
         """Whether the node only rearranges or repeats its first input."""
         output = node.outputs[0] if node.outputs else None
-        if output is None:
+        if output is None or node.op not in PASSED:
             return False
         return noise.crossed(node, output, self.facts) is not None or self.facts.through(output) is not None
 
@@ -187,7 +195,7 @@ class View:
         return known
 
     def _expand(self, ref: Ref) -> Prod:
-        source = self.peel(ref).ref
+        source = self.source(ref)
         if source != ref:
             return self.expand(source)
         node = source.value.producer
