@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.captures import parse
+from fusion.captures import Token, parse
 from fusion.dims import Dim, divide, product
 from fusion.facts import Facts
 from fusion.graph import Node, Value
@@ -353,7 +353,9 @@ class Builder:
         for entry in rest:
             if entry.kind == "zero":
                 masks = [m for m in rest if m.kind == "mask" and (m.ref, m.keep) == (entry.ref, entry.keep)]
-                found.require(bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score")
+                found.require(
+                    bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score"
+                )
                 result = self.Where(self._keeps(entry), result, self._scalar(0.0), dtype=result.dtype)
         if not any(node.key == "IsNaN" for node in found.region.core):
             return result
@@ -365,7 +367,9 @@ class Builder:
         ref = _spread(entry.ref, keep=0)
         found = self._found
         found.require(not ref.layout.depends(1), f"{entry.ref.value.name} masks probabilities head by head")
-        mask = self.shared("Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32)
+        mask = self.shared(
+            "Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32
+        )
         op, opset = "ReduceMax" if entry.keep else "ReduceMin", found.opset
         if opset >= 18:
             kept = self.shared(op, [mask, self.constant(int64([1, 3]), "axes")], None, keepdims=0)
@@ -399,6 +403,35 @@ class Builder:
         self.nodes += best[1]
         self.inputs += best[2]
         return best[3]
+
+    def unrepeated(self, letter: str, *forms: tuple[Captured, str]) -> tuple[int, list[Operand]]:
+        """Captures in other axes, with what is repeated along a letter there once, and how often it is there then.
+
+        Keys of 8 heads which two query heads each read, as `(k, "B T (H D)")`, are 4 heads (B, T, 4 D).
+        """
+        size = self._found.size(letter)
+        layouts: list[tuple[Captured, Layout, tuple[Token, ...]]] = []
+        repeats: list[Dim] = []
+        for captured, spec in forms:
+            tokens = parse(spec)[0]
+            layout = captured.along(" ".join(letters_of(tokens))).layout
+            last = layout.axes[letters_of(tokens).index(letter)][-1:]
+            repeats.append(last[0][2] if last and last[0][0] is None else 1)
+            layouts.append((captured, layout, tokens))
+        often = repeats[0] if all(r == repeats[0] and isinstance(r, int) for r in repeats) else 1
+        made: list[Operand] = []
+        for captured, layout, tokens in layouts:
+            names = letters_of(tokens)
+            axes = {
+                name: axis[:-1] if name == letter and often != 1 else axis
+                for name, axis in zip(names, layout.axes, strict=True)
+            }
+            groups = [[axes[name] for name in ((token,) if isinstance(token, str) else token)] for token in tokens]
+            merged = tuple(merge_neighbours(factor for axis in group for factor in axis) for group in groups)
+            made.append(
+                self.placed(Ref(captured.value, Layout(merged, layout.offsets, layout.source)), self._found.dtype)
+            )
+        return size // (often if isinstance(often, int) else 1), made
 
     def placed(self, ref: Ref, dtype: int | None) -> Operand:
         """A value in the axes of `ref`."""

@@ -154,7 +154,11 @@ def _spread_out(view: View, ref: Ref, dtype: int | None, actual: tuple[Dim, ...]
     whole = all(layout.whole(axis) is not None for axis in range(len(layout.axes)) if _reads(layout.axes[axis], moved))
     if whole and (dtype is None or view.facts.dtype(ref.value) == dtype):
         axes = tuple(
-            tuple((axis, stride, actual[axis] if axis in moved else size) for axis, stride, size in factors if axis is not None)
+            tuple(
+                (axis, stride, actual[axis] if axis in moved else size)
+                for axis, stride, size in factors
+                if axis is not None
+            )
             for factors in layout.axes
         )
         narrow = Layout(tuple(map(merge_neighbours, axes)), layout.offsets, actual)
