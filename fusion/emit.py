@@ -206,7 +206,8 @@ class Captured:
             sizes = [product(found.dims(letter)) if letter in found.state.letters else None for letter in letters]
             whole = product(size for _, _, size in factors)
             rest = divide(whole, product(size for size in sizes if size is not None))
-            groups = regroup(factors, [rest if size is None else size for size in sizes]) if rest is not None else None  # type: ignore[misc]
+            known = rest is not None and sizes.count(None) <= 1
+            groups = regroup(factors, [rest if size is None else size for size in sizes]) if known else None  # type: ignore[misc]
             if groups is None:
                 raise Unmet(f"{self.name} ({self.value.name}) cannot be split into {spec}", kind="dimension")
             axes.update(zip(letters, groups, strict=True))
@@ -320,10 +321,10 @@ class Builder:
                     f"{capture.name} ({capture.value.name}) is no stored weight of the result's dtype",
                     place=capture.value.name,
                 )
-            whole = [capture.ref.layout.whole(own) for own in range(len(capture.shape))]
-            if whole != list(range(len(tensor.dims))) and whole != [1, 0]:
+            read = [capture.ref.layout.whole(own) for own in range(len(capture.shape))]
+            if read != list(range(len(tensor.dims))) and read != [1, 0]:
                 raise Unmet(f"{capture.name} ({capture.value.name}) is not read whole", place=capture.value.name)
-            parts.append((tensor, (1, 0) if whole == [1, 0] else None))
+            parts.append((tensor, (1, 0) if read == [1, 0] else None))
         return New(self._found.dtype, parts=tuple(parts), axis=axis)
 
     def broadcast(self, captured: Captured) -> Operand:

@@ -250,7 +250,7 @@ def _plan(wanted: Layout) -> _Steps | None:
         steps = _Steps()
         steps.order.append(("Expand", wanted.shape))
         return steps
-    split: list[tuple[int, Dim, Dim]] = []
+    split: list[Factor] = []
     for axis, dim in enumerate(wanted.source):
         own = [factor for factors in wanted.axes for factor in factors if factor[0] == axis]
         ordered = digits(own, dim)
@@ -262,7 +262,7 @@ def _plan(wanted: Layout) -> _Steps | None:
         steps.order.append(("Reshape", tuple(size for *_, size in split)))
     flat = [factor for factors in wanted.axes for factor in factors]
     real = [factor for factor in flat if factor[0] is not None]
-    order = [split.index(factor) for factor in real]  # type: ignore[arg-type]
+    order = [split.index(factor) for factor in real]
     if order != sorted(order):
         steps.order.append(("Transpose", tuple(order)))
     current = [size for *_, size in real]

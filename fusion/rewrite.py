@@ -201,7 +201,7 @@ class Rewriter:
                 break
 
     def _leaves_attention(self, candidates: Iterable[Candidate] = ()) -> bool:
-        """Whether a softmax is left that no candidate covers: only its axes may hang on equalities, which cost a pass."""
+        """Whether a softmax is left that no candidate covers: its axes may hang on equalities, which cost a pass."""
         covered = {node for candidate in candidates for node in candidate.region.core}
         plans = [plan for plan in self.plans if SPELLINGS["softmax"] in plan.anchors]
         return any(node not in covered for plan in plans for node in self.anchors(plan))

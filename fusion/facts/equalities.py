@@ -88,9 +88,8 @@ def _elementwise(facts: Facts, node: Node) -> Iterator[Equality]:
     for i in range(len(node.inputs)) if result else ():
         dims = input_shape(facts, node, i)
         for dim, whole in zip(reversed(dims or ()), reversed(result or ()), strict=False):
-            if dim is not whole and dim is not None and not isinstance(dim, int) and dim != whole:
-                if stretched(dim, whole) is Verdict.NO:
-                    yield dim, whole, []
+            if isinstance(dim, Poly) and dim != whole and stretched(dim, whole) is Verdict.NO:
+                yield dim, whole, []
 
 
 def _reshape(facts: Facts, node: Node) -> Iterator[Equality]:
