@@ -26,6 +26,8 @@ def describe(atom: Atom, exponent: float = 1.0) -> str:
         text = "a MatMul"
     elif isinstance(atom, p.Softmax):
         text = "Softmax"
+    elif isinstance(atom, p.Join | p.Concat):
+        text = "a Concat"
     elif isinstance(atom, p.Fused):
         text = " or ".join(atom.pattern.readers)
     else:

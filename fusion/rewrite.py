@@ -18,6 +18,7 @@ from fusion.emit import Builder, Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
+from fusion.laws.noise import FLOATS
 from fusion.match import Matcher
 from fusion.plan import SPELLINGS, Plan, compile_pattern
 from fusion.region import Region, region_of, sources
@@ -245,6 +246,8 @@ class Rewriter:
                 return []
             choices.append(nodes)
         nodes = min(choices, key=len)
+        if any(node.op == "Concat" for node in nodes):  # of numbers, not of sizes
+            nodes = [node for node in nodes if (out := node.outputs[0]) and self.facts.dtype(out) in FLOATS]
         if any(node.op == "Pow" for node in nodes):  # the root of a norm, not its squares
             nodes = [node for node in nodes if node.op != "Pow" or self._is_root(node)]
         return sorted(nodes, key=lambda node: (node.scope.name, node.position))
@@ -325,7 +328,15 @@ class Rewriter:
             return node.key == single.name
         if isinstance(single, p.Softmax):
             return node.key in SPELLINGS["softmax"]
+        if isinstance(single, p.Join | p.Concat):
+            return node.key in SPELLINGS["sum"] or self._is_concat(value)
         return node.key in MERGED
+
+    def _is_concat(self, value: Value) -> bool:
+        """Whether a value is several others side by side."""
+        root = self.view.root(value)
+        source = self.view.peel(root).ref.value.producer if root is not None else None
+        return source is not None and source.key == "Concat"
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
