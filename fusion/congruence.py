@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fusion.view import View
 
 ELEMENTWISE = frozenset(
-    """Abs Add And Cast Ceil Clip Cos Cosh Div Equal Erf Exp Floor Greater GreaterOrEqual Less LessOrEqual Log Max Min Mod
-    Mul Neg Not Or Pow Reciprocal Relu Round Sigmoid Sign Sin Sinh Sqrt Sub Tanh Where""".split()  # noqa: SIM905
+    """Abs Add And Cast Ceil Clip Cos Cosh Div Equal Erf Exp Floor Greater GreaterOrEqual Less LessOrEqual Log Max Min
+    Mod Mul Neg Not Or Pow Reciprocal Relu Round Sigmoid Sign Sin Sinh Sqrt Sub Tanh Where""".split()  # noqa: SIM905
 )
 """Operators whose element is a function of the elements of the operands there, and of nothing else."""
 
@@ -30,6 +30,8 @@ DEPTH = 12
 
 def same(view: View, a: Ref, b: Ref, depth: int = DEPTH) -> bool:
     """Whether two references are provably equal, element by element, in their coordinates."""
+    if a == b:
+        return True
     a, b = view.peel(a).ref, view.peel(b).ref
     if a == b:
         return True
@@ -60,8 +62,7 @@ def _same_function(a: Node, b: Node) -> bool:
 
 def _same_operands(view: View, a: Ref, b: Ref, depth: int) -> bool:
     first, second = a.value.producer, b.value.producer
-    assert first is not None and second is not None
-    if len(first.inputs) != len(second.inputs):
+    if first is None or second is None or len(first.inputs) != len(second.inputs):
         return False
     for index, (own, other) in enumerate(zip(first.inputs, second.inputs, strict=True)):
         if own is None or other is None:
@@ -84,13 +85,12 @@ def _same_gathered(view: View, a: Ref, b: Ref, depth: int) -> bool:
         shapes = [view.facts.shape(value) if value is not None else None for value in (data, indices)]
         if data is None or indices is None or along is None or shapes[0] is None or shapes[1] is None:
             return False
-        (axis,), rank, count = along, len(shapes[0]), len(shapes[1])
-        outside: list[int | None] = [None] * (rank - 1 - axis)
-        rows.append(
-            Ref(data, ref.layout.remap(shapes[0], [*range(axis), *[None] * count, *range(axis + 1, rank)], extra=[axis]))
-        )
-        places.append(Ref(indices, ref.layout.remap(shapes[1], [*[None] * axis, *range(count), *outside])))
-    return same(view, *places, depth) and same(view, *rows, depth)
+        (axis,), count, after = along, len(shapes[1]), range(along[0] + 1, len(shapes[0]))
+        read = ref.layout.remap(shapes[0], [*range(axis), *[None] * count, *after], extra=[axis])
+        chosen = ref.layout.remap(shapes[1], [*[None] * axis, *range(count), *[None] * len(after)])
+        rows.append(Ref(data, read))
+        places.append(Ref(indices, chosen))
+    return same(view, places[0], places[1], depth) and same(view, rows[0], rows[1], depth)
 
 
 def _same_products(view: View, a: Prod, b: Prod, depth: int) -> bool:

@@ -457,6 +457,18 @@ class Builder:
         self._found.require(places.step == 1, "Slice has no steps before opset 10")
         return self.shared("Slice", [operand], shape, starts=bounds[0], ends=bounds[1], axes=bounds[2])
 
+    def reshaped(self, operand: Operand, have: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> Operand:
+        """An operand of one shape in another one."""
+        if have == wanted:
+            return operand
+        return self.Reshape(operand, self.sizes(wanted, have, copy=True))  # type: ignore[no-any-return]
+
+    def flattened(self, operand: Operand, width: Dim) -> New:
+        """An operand as a matrix of this many columns."""
+        if not isinstance(width, int):
+            raise self.unmet(f"the size {width} is not a known number", self._found.root)
+        return self.shared("Reshape", [operand, self.constant(int64([-1, width]), "shape")], None)
+
     def numbered(self, operand: Operand, rank: int) -> New:
         """0, 1, 2, … in the first `rank` axes of an operand, as int64."""
         shape = self.shared("Shape", [operand], None, dtype=TensorProto.INT64)

@@ -636,7 +636,7 @@ class Matcher:
             bound = state.copy()
             bound.bound[name] = Ref(ref.value, viewed)
             yield bound
-        elif isinstance(known, Ref) and (known == Ref(ref.value, viewed) or same(self.view, known, Ref(ref.value, viewed))):
+        elif isinstance(known, Ref) and same(self.view, known, Ref(ref.value, viewed)):
             yield state
         else:
             was = known.value.name if isinstance(known, Ref) else str(known)

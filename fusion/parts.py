@@ -107,26 +107,26 @@ def bind_piece(matcher: Matcher, variable: p.Var, given: Ref, context: Context, 
     piece = variable.piece
     assert piece is not None
     ref = matcher.view.peel(given).ref
-    known = state.parts.get((variable.name, piece.index))
+    known = state.parts.get((variable.name, piece.at))
     if known is not None:
         if same(matcher.view, known, ref):
             yield state
         else:
-            name = f"piece {piece.index} of {variable.name}"
+            name = f"piece {piece.at} of {variable.name}"
             wanted = f"{name} = {known.value.name} again"
             yield from matcher.miss(state, "same value", wanted, ref.value.name, 1, ref.value.name)
         return
     bound = state.copy()
-    bound.parts[variable.name, piece.index] = ref
-    parts = [bound.parts[key] for index in range(piece.count) if (key := (variable.name, index)) in bound.parts]
-    if len(parts) < piece.count:
+    bound.parts[variable.name, piece.at] = ref
+    parts = [bound.parts[key] for index in range(piece.size) if (key := (variable.name, index)) in bound.parts]
+    if len(parts) < piece.size:
         yield bound
         return
     (axis,) = context[piece.letter]
     whole = joined([part.layout for part in parts], axis) if len({part.value for part in parts}) == 1 else None
     if whole is None:
         names = " and ".join(dict.fromkeys(part.value.name for part in parts))
-        wanted = f"{piece.count} pieces of one {variable.name}"
+        wanted = f"{piece.size} pieces of one {variable.name}"
         yield from matcher.miss(bound, "same value", wanted, f"pieces of {names}", 1, ref.value.name)
     else:
         yield from matcher.bind(variable._replace(piece=None), Ref(ref.value, whole), context, bound)
@@ -167,5 +167,3 @@ def appended(first: Layout, second: Layout) -> Layout | None:
     whole = Layout((*first.axes[:-1], ((moved[0], stride, size + other),)), first.offsets, first.source)
     last = len(whole.axes) - 1
     return whole if (whole.slice(last, 0, size), whole.slice(last, size, other)) == (first, second) else None
-
-

@@ -260,13 +260,13 @@ def _cut(wanted: Layout) -> tuple[list[tuple[str, tuple[Dim, ...]]], Layout]:
     cuts: list[tuple[str, tuple[Dim, ...]]] = []
     for axis, (offset, dim) in enumerate(zip(wanted.offsets, wanted.source, strict=True)):
         own = [factor for factors in wanted.axes for factor in factors if factor[0] == axis]
-        if len(own) != 1 or not all(isinstance(number, int) for number in (offset, dim, *own[0])):
+        _, stride, size = own[0] if own else (axis, 1, 1)
+        if len(own) > 1 or (offset, stride, size) == (0, 1, dim) or lower(stride) < 1:
             continue
-        _, stride, size = own[0]
-        if (offset, stride, size) == (0, 1, dim) or lower(stride) < 1:
+        if not all(isinstance(number, int) for number in (offset, stride, size)):
             continue
         cuts.append(("Slice", (axis, offset, offset + stride * (size - 1) + 1, stride)))
-        axes = tuple(tuple((axis, 1, size) if f == own[0] else f for f in factors) for factors in wanted.axes)
+        axes = tuple(tuple((axis, 1, size) if factor in own else factor for factor in f) for f in wanted.axes)
         offsets = tuple(0 if index == axis else other for index, other in enumerate(wanted.offsets))
         source = tuple(size if index == axis else other for index, other in enumerate(wanted.source))
         wanted = Layout(axes, offsets, source)

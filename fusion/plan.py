@@ -16,11 +16,11 @@ from fusion.terms import Atom, Group, Item, Prod, Sum, add, leaf, multiply, numb
 
 
 class Piece(NamedTuple):
-    """One of `count` pieces along a letter."""
+    """Number `at` of `size` pieces along a letter."""
 
     letter: str
-    index: int
-    count: int
+    at: int
+    size: int
 
 
 class Var(NamedTuple):
