@@ -59,15 +59,15 @@ class Axes:
         if count < 0:
             return
         for at, over in ((count, count + 1), (count + 1, count)):
-            beside = [factors for factors in root.axes if axes[over] and axes[over][0] in factors]
-            group = [axis for axis in range(count) if axes[axis] and beside and axes[axis][0] in beside[0]]
-            if not group and count > 1:
-                group = [count - 1]
-            letters: dict[str, tuple[int, ...]] = dict.fromkeys(front, ())
-            if front:
-                letters[front[-1]] = tuple(group)
-                letters[front[0]] = tuple(axis for axis in range(count) if axis not in group)
-            yield {**letters, row: (at,), last: (over,)}
+            merged = next((factors for factors in root.axes if axes[over] and axes[over][0] in factors), ())
+            beside = [axis for axis in range(count) if axes[axis] and axes[axis][0] in merged]
+            inner = [count - 1] if count > 1 else []
+            for group in [beside, inner] if beside and beside != inner else [inner]:
+                letters: dict[str, tuple[int, ...]] = dict.fromkeys(front, ())
+                if front:
+                    letters[front[-1]] = tuple(group)
+                    letters[front[0]] = tuple(axis for axis in range(count) if axis not in group)
+                yield {**letters, row: (at,), last: (over,)}
 
     def positions(self, letter: str, context: Context, state: State) -> tuple[int, ...]:
         """Coordinate axes of a letter; one still free takes its place in the result, counted from the right."""

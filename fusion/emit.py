@@ -7,19 +7,21 @@ with the axes of the capture is looked up, and only `op.arranged(...)` and its l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.dims import Dim, product
+from fusion.captures import parse
+from fusion.dims import Dim, divide, product
 from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.laws.noise import FLOATS
-from fusion.layout import Layout, merge_neighbours
+from fusion.layout import Axis, Layout, merge_neighbours, regroup
+from fusion.masks import ABSORBING, keeps_a_key
 from fusion.parts import appended
 from fusion.place import before, int64, place, rearranged, shape_items, standing
 from fusion.plan import Plan
@@ -214,6 +216,27 @@ class Captured:
         whole = appended(self.ref.layout, other.ref.layout) if self.value is other.value else None
         return None if whole is None else Captured(self.found, self.name, Ref(self.value, whole))
 
+    def along(self, spec: str) -> Ref:
+        """The capture in other axes of the same letters, such as `B H T D` of one declared as `B T (H D)`.
+
+        Raises:
+            Unmet: a merged axis cannot be split, because a size in it is unknown.
+        """
+        found = self.found
+        axes: dict[str, Axis] = {}
+        for token, factors in zip(found.plan.captures[self.name].dims or (), self.ref.layout.axes, strict=True):
+            letters = (token,) if isinstance(token, str) else token
+            sizes = [product(found.dims(letter)) if letter in found.state.letters else None for letter in letters]
+            whole = product(size for _, _, size in factors)
+            rest = divide(whole, product(size for size in sizes if size is not None))
+            groups = regroup(factors, [rest if size is None else size for size in sizes]) if rest is not None else None  # type: ignore[misc]
+            if groups is None:
+                raise Unmet(f"{self.name} ({self.value.name}) cannot be split into {spec}", kind="dimension")
+            axes.update(zip(letters, groups, strict=True))
+        wanted = [(token,) if isinstance(token, str) else token for token in parse(spec)[0]]
+        made = (merge_neighbours(factor for letter in group for factor in axes[letter]) for group in wanted)
+        return Ref(self.value, Layout(tuple(made), self.ref.layout.offsets, self.ref.layout.source))
+
     def standing(self, dtype: int | None) -> Value:
         """The value of the graph that lies in the axes of the capture, with this dtype.
 
@@ -289,8 +312,9 @@ class Builder:
     def _numpy(self) -> np.dtype[Any]:
         return helper.tensor_dtype_to_np_dtype(self._found.dtype)
 
-    def packed(self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()) -> New | None:
-        """Weights put together along an axis; the bytes are joined only when the model is written.
+    def packed(self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()) -> Operand:
+        """Weights put together along an axis: the value of which they are the pieces, else a new one, the bytes of
+        which are joined only when the model is written.
 
         Args:
             captures: constant matrices (C, N) or vectors (N,); None where absent.
@@ -301,6 +325,10 @@ class Builder:
         """
         if not any(captures):
             return None
+        whole = _pieces_of(captures, axis)
+        if whole is not None and self._found.facts.dtype(whole) == self._found.dtype:
+            self.inputs.append(whole)
+            return whole
         parts: list[tuple[TensorProto, tuple[int, int] | None]] = []
         for index, capture in enumerate(captures):
             if capture is None:
@@ -374,6 +402,27 @@ class Builder:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
         return None if captured is None else self.placed(captured.ref, self._found.dtype)
 
+    def fewest(self, *forms: Sequence[tuple[Captured, str]]) -> list[Operand]:
+        """Captures in the axes of one of these forms: the first of those that need the fewest new nodes."""
+        before = len(self.nodes), len(self.inputs)
+        best: tuple[int, list[NewNode], list[Value], list[Operand]] | None = None
+        refused: Unmet | None = None
+        for form in forms:
+            try:
+                made = [self.placed(captured.along(spec), self._found.dtype) for captured, spec in form]
+                count = len(self.nodes) - before[0]
+                if best is None or count < best[0]:
+                    best = count, self.nodes[before[0] :], self.inputs[before[1] :], made
+            except Unmet as unmet:
+                refused = refused or unmet
+            del self.nodes[before[0] :], self.inputs[before[1] :]
+        if best is None:
+            assert refused is not None, "a form is given"
+            raise refused
+        self.nodes += best[1]
+        self.inputs += best[2]
+        return best[3]
+
     def placed(self, ref: Ref, dtype: int | None) -> Operand:
         """A value in the axes of `ref`."""
         made = place(self._found.view, ref, dtype, self._found.node, self)
@@ -403,14 +452,14 @@ class Builder:
                 if bias is not None:
                     bias = self.shared("Max", [bias, self._scalar(entry.fill)], None)
                 continue
-            ref = _spread(entry.ref, keep=2 if bias is None else 0)
+            ref, placed = self._beside(entry, keep=2 if bias is None else 0)
             if entry.kind == "term":
-                term = self.placed(ref, found.dtype)
+                term = placed
                 if entry.coef != 1.0:
                     term = self.shared("Mul", [term, self._scalar(entry.coef)], ref.layout.shape)
                 bias = term if bias is None else self.shared("Add", [bias, term], ref.layout.shape)
                 continue
-            if entry.fill > smallest * 0.999:
+            if entry.fill > smallest * 0.999 and not self._hides(entry, entries):
                 raise Unmet(
                     f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
                     "in rows masked everywhere",
@@ -419,9 +468,28 @@ class Builder:
             kept = self._scalar(0.0) if bias is None else bias
             fill = self._scalar(entry.fill)
             choices = [kept, fill] if entry.keep else [fill, kept]
-            condition = self.placed(ref, None)
-            bias = self.shared("Where", [condition, *choices], ref.layout.shape, dtype=found.dtype)
+            bias = self.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
         return bias
+
+    def _hides(self, entry: Entry, entries: tuple[Entry, ...]) -> bool:
+        """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row
+        keeps a key beside which the others vanish."""
+        after = entries[: entries.index(entry)]
+        only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
+        return only and keeps_a_key(self._found.view, entry.ref, entry.keep)
+
+    def _beside(self, entry: Entry, keep: int) -> tuple[Ref, Operand]:
+        """What stands beside the scores, as small as it can be had: broadcast axes as 1, else as they lie."""
+        dtype = self._found.dtype if entry.kind == "term" else None
+        refused: Unmet | None = None
+        for full in ((), (0,), (1,), (0, 1)):
+            ref = _spread(entry.ref, keep, full)
+            try:
+                return ref, self.placed(ref, dtype)
+            except Unmet as unmet:
+                refused = refused or unmet
+        assert refused is not None
+        raise refused
 
     def _scalar(self, value: float) -> New:
         return self.constant(np.array(value, self._numpy), "scalar")
@@ -550,17 +618,38 @@ class Builder:
         return Unmet(text, kind="dimension", verdict=Verdict.UNKNOWN, place=value.name)
 
 
+def _pieces_of(captures: Sequence[Captured | None], axis: int) -> Value | None:
+    """The value that these captures are cut from along an axis, one after the other and nothing left out."""
+    first = captures[0]
+    end: Dim = 0
+    for capture in captures:
+        if capture is None or first is None or capture.value is not first.value:
+            return None
+        layout = capture.ref.layout
+        if len(layout.axes) != len(layout.source):
+            return None
+        for own, factors in enumerate(layout.axes):
+            cut = own == axis
+            size = product(length for _, _, length in factors)
+            if factors != merge_neighbours([(own, 1, size)]) or layout.offsets[own] != (end if cut else 0):
+                return None
+            if not cut and size != layout.source[own]:
+                return None
+        end = end + layout.shape[axis]
+    return first.value if first is not None and end == first.ref.layout.source[axis] else None
+
+
 def _entries(bound: object) -> tuple[Entry, ...]:
     """The parts of a `rest` capture; nothing for any other."""
     return bound if isinstance(bound, tuple) and not isinstance(bound, Ref) else ()
 
 
-def _spread(ref: Ref, keep: int) -> Ref:
-    """Make broadcast axes size 1, but for the last `keep`, which are to be written out."""
+def _spread(ref: Ref, keep: int, full: Sequence[int] = ()) -> Ref:
+    """Make broadcast axes size 1, but for the last `keep`, which are to be written out, and those in `full`."""
     layout = ref.layout
     count = len(layout.axes) - keep
     axes = tuple(
-        () if index < count and all(source is None for source, *_ in axis) else axis
+        () if index < count and index not in full and all(source is None for source, *_ in axis) else axis
         for index, axis in enumerate(layout.axes)
     )
     return Ref(ref.value, Layout(axes, layout.offsets, layout.source))

@@ -262,14 +262,18 @@ class Rewriter:
         for anchor in self.anchors(plan):
             if anchor in covered or (dirty is not None and anchor not in dirty):
                 continue
+            refused: list[Value] = []
             for root in self.roots(plan, anchor):
                 if root not in tried:
                     tried[root] = candidate = self._at(plan, root)
                     if candidate is not None:
                         covered.update(candidate.region.core)
+                        for outer in refused:  # not missed after all: a part of it matches
+                            self._failed.pop((plan.pattern.name, outer.name), None)
                         yield candidate
                 if anchor in covered:
                     break
+                refused.append(root)
 
     def _at(self, plan: Plan, root: Value) -> Candidate | None:
         for ref, state in self._matchers[plan].match(root):

@@ -32,19 +32,30 @@ def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
     return multi_head_attention(q, k, v, bias, scale)
 
 
-@multi_head_attention.emit("onnx")
-def _(found, op):
+def _standard(found, op):
     found.require_one_dtype()
     q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
     heads = {"q_num_heads": found.size("H"), "kv_num_heads": found.size("H"), "scale": found.scale}
     return op.guarded(op.Attention(q, k, v, op.additive(found.bias), **heads))
 
 
+multi_head_attention.emit("onnx")(_standard)
+
+
+@multi_head_attention.emit("ort-cpu")
+def _(found, op):
+    found.require(not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean")
+    return _standard(found, op)
+
+
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()
-    q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
+    forms = [[(found.k, "B T (H D)"), (found.v, "B T (H E)")]]
+    if found.k.shape[2] == found.v.shape[2]:  # the kernel takes keys and values by head where their sizes are equal
+        forms.append([(found.k, "B H T D"), (found.v, "B H T E")])
+    q, (k, v) = op.arranged(found.q), op.fewest(*forms)
     heads = {"num_heads": found.size("H"), "scale": found.scale}
     return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, op.additive(found.bias), **heads))
 

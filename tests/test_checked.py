@@ -219,7 +219,7 @@ def state(graph: Graph) -> object:
         {value: list(value.uses) for value in values},
         {key: list(nodes) for key, nodes in graph.by_op.items() if nodes},
         [(dict(scope.opsets), scope.edited) for scope in graph.scopes],
-        set(graph._names),
+        set(graph.names),
         (graph._fresh, graph._sequence),
     )
 
