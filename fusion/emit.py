@@ -326,7 +326,7 @@ class Builder:
         if not any(captures):
             return None
         whole = _pieces_of(captures, axis)
-        if whole is not None and self._found.facts.dtype(whole) == self._found.dtype:
+        if whole is not None and whole.tensor is not None and whole.tensor.data_type == self._found.dtype:
             self.inputs.append(whole)
             return whole
         parts: list[tuple[TensorProto, tuple[int, int] | None]] = []

@@ -12,7 +12,7 @@ from fusion.view import View
 LARGEST_SCORE = 4096.0
 """What the magnitude of a score is taken to be below, where a mask writes a number that is not the smallest one.
 
-exp(-2 * LARGEST_SCORE) is 0 in every type, so a row that keeps a key gives exactly 0 to one hidden by ABSORBING.
+A row that keeps a key then gives a hidden one at most exp(-104), which is 0 in float and nothing in double.
 """
 ABSORBING = -2 * LARGEST_SCORE - 104.0
 
