@@ -333,14 +333,16 @@ class Rewriter:
         if isinstance(single, p.Softmax):
             return node.key in SPELLINGS["softmax"]
         if isinstance(single, p.Join | p.Concat):
-            return node.key in SPELLINGS["sum"] or self._is_concat(value)
+            return node.key in SPELLINGS["sum"] or self._is_joined(value)
         return node.key in MERGED
 
-    def _is_concat(self, value: Value) -> bool:
-        """Whether a value is several others side by side."""
+    def _is_joined(self, value: Value) -> bool:
+        """Whether a value is several others side by side, or its last axis is several of what it rearranges."""
         root = self.view.root(value)
-        source = self.view.peel(root).ref.value.producer if root is not None else None
-        return source is not None and source.key == "Concat"
+        if root is None or not root.layout.axes:
+            return False
+        source, layout = self.view.peel(root).ref
+        return source.producer is not None and (source.producer.key == "Concat" or len(layout.axes[-1]) > 1)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 

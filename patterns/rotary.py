@@ -43,9 +43,10 @@ def _lying(found):
     The kernels take (B, N, S, D), and (B, S, N D) where the heads lie inside the sequence.
     """
     last = found.rank - 1
-    found.require(last >= 2, "the kernel takes (B, S, D) or (B, N, S, D)")
     read = {axis for axis in range(last) if found.cos.depends(axis) or found.sin.depends(axis)}
     sequence = 1 if 1 in read or last == 2 else last - 1
+    if last < 2:  # no batch
+        return ((), sequence if last else (), last), sequence if last else (), False
     found.require(read <= {0, sequence}, "cos and sin are not the same for all heads")
     inside = (0, 1, tuple(range(2, last + 1)))
     return inside if sequence == 1 else (0, tuple(range(1, sequence)), sequence, last), sequence, 0 in read
