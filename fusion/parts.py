@@ -38,7 +38,8 @@ def match_join(matcher: Matcher, atom: p.Join, given: Ref, context: Context, sta
     split = given.layout.split(axis, sizes) if sizes else None
     if split is None:
         found = f"one of {given.layout.shape[axis]}"
-        yield from matcher.miss(state, "dimension", f"an axis of {count} pieces", found, 1, given.value.name)
+        lost = p.weight(Prod(1.0, ((atom, 1.0),)))
+        yield from matcher.miss(state, "dimension", f"an axis of {count} pieces", found, lost, given.value.name)
         return
     letters = dict(context)
     for index, token in enumerate(atom.dims):
