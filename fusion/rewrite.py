@@ -22,6 +22,7 @@ from fusion.laws.noise import FLOATS
 from fusion.match import Matcher
 from fusion.plan import SPELLINGS, Plan, compile_pattern
 from fusion.region import Region, region_of, sources
+from fusion.schema import axes as schema_axes
 from fusion.state import Miss, State
 from fusion.targets import Target
 from fusion.terms import Ref
@@ -337,12 +338,15 @@ class Rewriter:
         return node.key in MERGED
 
     def _is_joined(self, value: Value) -> bool:
-        """Whether a value is several others side by side, or its last axis is several of what it rearranges."""
+        """Whether a value is several others side by side along its last axis, or has several axes merged there."""
         root = self.view.root(value)
         if root is None or not root.layout.axes:
             return False
         source, layout = self.view.peel(root).ref
-        return source.producer is not None and (source.producer.key == "Concat" or len(layout.axes[-1]) > 1)
+        node = source.producer
+        along = schema_axes(node, self.facts) if node is not None and node.key == "Concat" else None
+        own = [axis for axis, _, _ in layout.axes[-1]]
+        return node is not None and (len(own) > 1 or (along is not None and along[0] in own))
 
     # -- writing ----------------------------------------------------------------------------------------------------
 

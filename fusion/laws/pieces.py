@@ -33,11 +33,14 @@ def part(node: Node, layout: Layout, facts: Facts) -> tuple[Value, Layout] | Non
     if along is None:
         return None
     axis = along[0]
+    read = [(stride, size) for factors in layout.axes for source, stride, size in factors if source == axis]
+    if (1, layout.source[axis]) in read:
+        return None
     least = most = layout.offsets[axis]
-    for source, stride, size in (factor for factors in layout.axes for factor in factors):
-        if source == axis and facts.lower(stride) >= 0:
+    for stride, size in read:
+        if facts.lower(stride) >= 0:
             most = most + stride * (size - 1)
-        elif source == axis:
+        else:
             least = least + stride * (size - 1)
     start: Dim = 0
     for operand in node.inputs:
