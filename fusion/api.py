@@ -7,16 +7,19 @@ import importlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from rich.console import Console
 
 from fusion.diff import Diff, diff
 from fusion.errors import FusionError, PatternError
 from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
-from fusion.model import Model, load, save
-from fusion.report import explanation_to_dict, print_explanation, print_result, result_to_dict
+from fusion.model import load, save
+from fusion.report import Report, table
 from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
 from fusion.state import Miss
 from fusion.targets import Target, target_named
@@ -24,30 +27,35 @@ from fusion.verdict import Verdict
 
 NEAR_MISSES = 16
 """How many anchors of one pattern a run explains; `why` explains all."""
+SHOWN = 12
+"""How many near misses a table shows; the JSON has all."""
 
 
 @dataclass(slots=True)
-class Result:
+class Result(Report):
     """What `optimize` did.
 
     Attributes:
-        model: the rewritten model, of the kind that came in; None where it was written to a destination.
+        target: its name.
+        nodes_before, nodes_after: nodes of all scopes.
+        timings: seconds by phase.
         matches: the rewrites, in order.
         near_misses: where a pattern nearly held, and what was unmet.
-        timings: seconds by phase.
-        nodes_before, nodes_after: nodes of all scopes.
-        target: its name.
+        model: the rewritten model, of the kind that came in; None where it was written to a destination.
+        original, rewritten: what came in, and what came out or where it was written.
     """
 
-    model: Any
-    matches: list[Rewritten]
-    near_misses: list[NearMiss]
-    timings: dict[str, float]
+    target: str
     nodes_before: int
     nodes_after: int
-    target: str
-    original: Any = field(default=None, repr=False)
-    rewritten: Any = field(default=None, repr=False)
+    timings: dict[str, float]
+    matches: list[Rewritten]
+    near_misses: list[NearMiss]
+    model: Any = field(repr=False)
+    original: Any = field(repr=False)
+    rewritten: Any = field(repr=False)
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("counts",)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -59,13 +67,34 @@ class Result:
         """The structural difference between what came in and what came out."""
         return diff(self.original, self.rewritten)
 
-    def print(self) -> None:
-        """Print a table of what was fused and what nearly was."""
-        print_result(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-ready data."""
-        return result_to_dict(self)
+    def show(self, out: Console) -> None:
+        """Print what was fused, the time it took, what was checked, and the near misses."""
+        title = f"fused for {self.target}"
+        fused = table("pattern", ">count", "written as", ">nodes replaced", title=title, boxed=True)
+        for pattern, count in self.counts.items():
+            members = [match for match in self.matches if match.pattern == pattern]
+            operators = dict.fromkeys(op.replace("::", ".") for match in members for op in match.operators)
+            replaced = sum(len(match.replaced) for match in members)
+            fused.add_row(pattern, str(count), ", ".join(operators), str(replaced))
+        out.print(fused if self.matches else "nothing was fused", markup=False)
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items() if seconds >= 0.005)
+        took = f"{sum(self.timings.values()):.2f} s" + (f" ({phases})" if phases else "")
+        out.print(f"{self.nodes_before} nodes before, {self.nodes_after} after; {took}")
+        refused = [near for near in self.near_misses if any(miss.kind == "check" for miss in near.misses)]
+        unchecked = [match for match in self.matches if match.checked is False]
+        checked = sum(match.checked is True for match in self.matches)
+        if checked or unchecked or refused:
+            counts = {"checked": checked, "not checked": len(unchecked), "refused": len(refused)}
+            out.print(", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "checked"))
+        for match in unchecked[:SHOWN]:
+            out.print(f"not checked: {match.pattern} at {match.root}: {match.unchecked}", markup=False)
+        if self.near_misses:
+            missed = table("pattern", "at", "because", title="nearly, but not", boxed=True)
+            for near in sorted(self.near_misses, key=lambda near: near not in refused)[:SHOWN]:
+                missed.add_row(near.pattern, near.root, _because(near.misses))
+            out.print(missed, markup=False)
+        if len(self.near_misses) > SHOWN:
+            out.print(f"and {len(self.near_misses) - SHOWN} more: see `fusion why`")
 
 
 @dataclass(slots=True)
@@ -88,18 +117,24 @@ class Place:
 
 
 @dataclass(slots=True)
-class Explanation:
+class Explanation(Report):
     """Where patterns match in a model, where they nearly do, and why not."""
 
     places: list[Place]
 
-    def print(self) -> None:
+    def show(self, out: Console) -> None:
         """Print a table of the places."""
-        print_explanation(self)
+        shown = table("pattern", "at", "answer", "because", boxed=True)
+        for place in self.places:
+            because = _because(place.misses) if place.misses else f"{len(place.nodes)} nodes"
+            shown.add_row(place.pattern, place.root, place.verdict.value, because)
+        nothing = "no place in this model comes near: none of the operators it needs is there in the right company"
+        out.print(shown if self.places else nothing, markup=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-ready data."""
-        return explanation_to_dict(self)
+
+def _because(misses: tuple[Miss, ...]) -> str:
+    unknown = " (a fact is missing)"
+    return "; ".join(dict.fromkeys(m.text + (unknown if m.verdict is Verdict.UNKNOWN else "") for m in misses))
 
 
 def optimize(
@@ -129,35 +164,35 @@ def optimize(
     """
     if when != "legal":
         raise FusionError(f"when={when!r} is unknown: only 'legal' is there (fuse what is equal and has a kernel)")
+    timings: dict[str, float] = {}
+
+    @contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        timings[phase] = time.perf_counter() - started
+
     with paused_collection():
-        timings: dict[str, float] = {}
-        started = time.perf_counter()
-        aim = target_named(target)
-        chosen = _chosen(patterns, aim)
-        model = load(source)
-        timings["load"] = time.perf_counter() - started
-        started = time.perf_counter()
-        graph = Graph(model)
-        before = sum(1 for _ in graph.nodes())
-        timings["index"] = time.perf_counter() - started
+        with timed("load"):
+            aim = target_named(target)
+            chosen = _chosen(patterns, aim)
+            model = load(source)
+        with timed("index"):
+            graph = Graph(model)
+            before = sum(1 for _ in graph.nodes())
         rewriter = Rewriter(graph, chosen, aim, check=check)
         outcome = rewriter.run()
         timings.update(outcome.seconds)
-        started = time.perf_counter()
-        near = list(outcome.near)
-        near.extend(_explained(rewriter, NEAR_MISSES, {miss.root for miss in near}))
-        timings["explain"] = time.perf_counter() - started
+        with timed("explain"):
+            near = [*outcome.near, *_explained(rewriter, NEAR_MISSES, {miss.root for miss in outcome.near})]
         after = sum(1 for _ in graph.nodes())
-        started = time.perf_counter()
-        graph.commit()
-        written = None
-        if destination is not None:
-            save(model, destination)
-        else:
-            written = model.export()
-        timings["save"] = time.perf_counter() - started
-    rewritten = destination if destination is not None else written
-    return Result(written, outcome.rewritten, near, timings, before, after, aim.name, source, rewritten)
+        with timed("save"):
+            graph.commit()
+            if destination is not None:
+                save(model, destination)
+            written = None if destination is not None else model.export()
+    rewritten = written if destination is None else destination
+    return Result(aim.name, before, after, timings, outcome.rewritten, near, written, source, rewritten)
 
 
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:
@@ -180,7 +215,7 @@ def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort
 
 
 def _rewriter(source: Any, patterns: Iterable[Pattern | str] | None, target: str) -> Rewriter:
-    aim: Target = target_named(target)
+    aim = target_named(target)
     return Rewriter(Graph(load(source)), _chosen(patterns, aim), aim)
 
 
@@ -230,9 +265,6 @@ def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> Sequence[P
             chosen.append(known[pattern])
         else:
             close = difflib.get_close_matches(pattern, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise PatternError(f"there is no pattern {pattern!r}{hint} Known: {', '.join(known)}")
     return chosen
-
-
-__all__ = ["Explanation", "Model", "Place", "Result", "find", "library", "optimize", "why"]

@@ -35,6 +35,8 @@ CLIMB, DISTANCE = 40, 10
 """How many values above an anchor are considered as roots, and across how much arithmetic."""
 CHOICES = 8
 """How many ways to match at one root are tried where an emission refuses the first."""
+PASSES = 8
+"""Upper bound of the passes that learn equalities of sizes: two where axes have names, one a layer where none has."""
 NEAR = 6
 """How far around a change anchors are tried again."""
 
@@ -160,6 +162,11 @@ class Rewriter:
             self.outcome.sweeps = sweep + 1
             started = time.perf_counter()
             candidates = self.candidates(plans, dirty)
+            if not learned and self._leaves_attention(candidates):  # before what a rewrite removes can say no more
+                learned, dirty, plans = True, None, self.writable
+                self._learn()
+                self._forget()
+                candidates = self.candidates(plans)
             self.outcome.seconds["match"] += time.perf_counter() - started
             started = time.perf_counter()
             made = self._write(candidates)
@@ -171,10 +178,9 @@ class Rewriter:
                 self._learn()
             else:
                 break
-            self.view.forget()
-            self._shared.forget()
-            self._reached.clear()
-        self.outcome.near.extend(self._failed.values())
+            self._forget()
+        written = {(made.pattern, made.root) for made in self.outcome.rewritten}
+        self.outcome.near.extend(near for key, near in self._failed.items() if key not in written)
         return self.outcome
 
     def _affected(self, made: Sequence[Node]) -> list[Plan]:
@@ -183,14 +189,23 @@ class Rewriter:
         failed = {near.pattern for near in self._failed.values()}
         return [plan for plan in self.writable if plan.reads & operators or plan.pattern.name in failed]
 
-    def _learn(self) -> None:
-        """Learn equalities of sizes; the second pass needs what the first one found."""
-        self.facts.learn()
-        self.facts.learn()
+    def _forget(self) -> None:
+        """Drop what an edit, or an equality, may have changed."""
+        self.view.forget()
+        self._shared.forget()
+        self._reached.clear()
 
-    def _leaves_attention(self) -> bool:
-        """Whether a contraction's anchor is left: only its axes may hang on equalities, which cost a pass to learn."""
-        return any(self.anchors(plan) for plan in self.plans if SPELLINGS["softmax"] in plan.anchors)
+    def _learn(self) -> None:
+        """Learn equalities of sizes, until a pass finds none: a pass may need what the one before it found."""
+        for _ in range(PASSES):
+            if not self.facts.learn():
+                break
+
+    def _leaves_attention(self, candidates: Iterable[Candidate] = ()) -> bool:
+        """Whether a softmax is left that no candidate covers: only its axes may hang on equalities, which cost a pass."""
+        covered = {node for candidate in candidates for node in candidate.region.core}
+        plans = [plan for plan in self.plans if SPELLINGS["softmax"] in plan.anchors]
+        return any(node not in covered for plan in plans for node in self.anchors(plan))
 
     # -- finding ----------------------------------------------------------------------------------------------------
 

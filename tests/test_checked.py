@@ -20,7 +20,6 @@ from fusion.facts import Facts
 from fusion.graph import Graph
 from fusion.language import axes, erf, keep, optional, pattern, rest, scalar, sqrt
 from fusion.model import load
-from fusion.report import print_result
 from fusion.rewrite import Rewriter
 from fusion.runtime import Session
 from fusion.targets import target_named
@@ -154,7 +153,7 @@ def test_what_does_not_run_stays_and_says_why() -> None:
     assert match.checked is False
     assert "no inputs were found that the original takes" in match.unchecked
     out = io.StringIO()
-    print_result(result, Console(file=out, width=200))
+    result.print(Console(file=out, width=200))
     assert "0 checked, 1 not checked" in out.getvalue()
     assert "not checked: gelu at y: no inputs" in out.getvalue()
     assert result.to_dict()["matches"][0]["unchecked"] == match.unchecked
@@ -198,7 +197,7 @@ def test_the_message_names_inputs_output_and_error() -> None:
     assert miss.text.startswith(start)
     assert miss.text.endswith("allowed 1.2e-04)")
     out = io.StringIO()
-    print_result(fusion.optimize(GELU, patterns=[other_gelu], check=True), Console(file=out, width=200))
+    fusion.optimize(GELU, patterns=[other_gelu], check=True).print(Console(file=out, width=200))
     assert "0 checked, 1 refused" in out.getvalue()
 
 

@@ -120,15 +120,18 @@ class Facts:
         source = value.producer.inputs[0]
         return None if source is None else (source, layout)
 
-    def learn(self) -> None:
-        """Collect equalities between dimensions which every successful run obeys, and forget the facts found so far.
+    def learn(self) -> bool:
+        """Collect equalities between dimensions which every successful run obeys, in one pass over the main graph.
 
-        Two passes settle all that one can (the first may need what the second finds).
+        Returns:
+            Whether there was anything new; then the facts found so far are forgotten, and a further pass may find more.
         """
         known = len(self._dims)
-        if equalities.learn(self) or len(self._dims) > known:
+        found = equalities.learn(self) or len(self._dims) > known
+        if found:
             for table in self._tables:
                 table.known.clear()
+        return found
 
     def forget(self, values: Iterable[Value]) -> None:
         """Drop the facts about these values, not about what is computed from them: a rewrite keeps their meaning."""
