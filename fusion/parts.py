@@ -85,7 +85,9 @@ def _each(
     if not parts:
         yield state
         return
-    for matched in matcher.child(parts[0], refs[0], contexts[0], state):
+    first = matcher.view.peel(refs[0]).ref  # the whole may have readers, its parts may not
+    given = refs[0] if isinstance(parts[0].single, p.Join | p.Concat) else first
+    for matched in matcher.child(parts[0], given, contexts[0], state):
         yield from _each(matcher, parts[1:], refs[1:], contexts[1:], matched)
 
 
