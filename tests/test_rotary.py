@@ -208,6 +208,21 @@ def test_sizes_of_one_and_equal_sizes(sizes, pairs, axes):
             np.testing.assert_allclose(got, built[2], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("opset", [17, NEWEST])
+@pytest.mark.parametrize("passed", [0, 3])
+@pytest.mark.parametrize("shape", [[8], [5, 8], [2, 5, 8], [2, 3, 5, 8], [2, 2, 3, 5, 8]])
+def test_any_number_of_leading_axes(shape, passed, opset):
+    b = Build(opset=opset)
+    x = b.input("x", [*shape[:-1], 8 + passed])
+    angles = b.input("angles", [*shape[-2:-1], 4])
+    turned = cut(b, x, 0, 8) if passed else x
+    y = half_full(b, turned, b.node("Cos", angles), b.node("Sin", angles), 4, shape)
+    y = b.concat(y, cut(b, x, 8, LARGE), axis=-1) if passed else y
+    feeds = {"x": numbers(*shape[:-1], 8 + passed), "angles": numbers(*shape[-2:-1], 4, seed=1)}
+    expected = rotation(feeds["x"], np.cos(feeds["angles"]), np.sin(feeds["angles"]))
+    check(b.model(y), feeds, expected, name_of("half_full", passed))
+
+
 def test_dynamic_sizes_run_at_several_of_them():
     b = Build(opset=17)
     x = b.transpose(b.reshape(b.input("x", ["B", "S", 24]), [0, 0, 3, 8]), perm=[0, 2, 1, 3])
