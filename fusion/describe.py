@@ -13,6 +13,8 @@ WORDS: dict[type, str] = {
     p.MatMul: "a MatMul",
     Contract: "a MatMul",
     p.Softmax: "Softmax",
+    p.Join: "a Concat",
+    p.Concat: "a Concat",
 }
 
 

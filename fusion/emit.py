@@ -22,6 +22,7 @@ from fusion.language import letters_of
 from fusion.laws.noise import FLOATS
 from fusion.layout import Axis, Layout, merge_neighbours, regroup
 from fusion.masks import ABSORBING, keeps_a_key
+from fusion.parts import appended
 from fusion.place import before, int64, place, rearranged, shape_items, standing
 from fusion.plan import Plan
 from fusion.region import Region, sources
@@ -170,6 +171,11 @@ class Found:
         return len(self.dims(letter))
 
     @property
+    def shape(self) -> tuple[Dim, ...]:
+        """The shape of the root."""
+        return self.ref.layout.source
+
+    @property
     def rank(self) -> int:
         """The rank of the root."""
         return len(self.ref.layout.source)
@@ -192,6 +198,23 @@ class Captured:
     def shape(self) -> tuple[Dim, ...]:
         """Its shape in the axes of the capture."""
         return self.ref.layout.shape
+
+    def depends(self, axis: int) -> bool:
+        """Whether it has an axis of the capture, and is not only broadcast over it."""
+        return self.ref.layout.depends(axis)
+
+    def axes(self, *groups: int | tuple[int, ...]) -> Captured:
+        """The same in other axes: chosen, in another order, several of them merged. What is left out is broadcast."""
+        spans = [(group,) if isinstance(group, int) else group for group in groups]
+        layout = self.ref.layout.permute([axis for span in spans for axis in span])
+        for index, span in enumerate(spans):
+            layout = layout.merge(index, index + len(span))
+        return Captured(self.found, self.name, Ref(self.ref.value, layout))
+
+    def appended(self, other: Captured) -> Captured | None:
+        """This and then `other` along the last axis, where they are neighbours in one value."""
+        whole = appended(self.ref.layout, other.ref.layout) if self.value is other.value else None
+        return None if whole is None else Captured(self.found, self.name, Ref(self.value, whole))
 
     def along(self, spec: str) -> Ref:
         """The capture in other axes of the same letters, such as `B H T D` of one declared as `B T (H D)`.
@@ -527,6 +550,36 @@ class Builder:
         if self._found.opset >= 13:
             return self.shared("Unsqueeze", [operand, self.constant(int64(axes), "axes")], shape)
         return self.shared("Unsqueeze", [operand], shape, axes=axes)
+
+    def sliced(self, operand: Operand, axis: int, places: range, shape: tuple[Dim, ...]) -> New:
+        """Slice along one axis, its bounds inputs from opset 10 on; below there are no steps."""
+        bounds = ([places.start], [places.stop], [axis], [places.step])
+        if self._found.opset >= 10:
+            return self.shared("Slice", [operand, *(self.constant(int64(bound), "slice") for bound in bounds)], shape)
+        self._found.require(places.step == 1, "Slice has no steps before opset 10")
+        return self.shared("Slice", [operand], shape, starts=bounds[0], ends=bounds[1], axes=bounds[2])
+
+    def reshaped(self, operand: Operand, have: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> Operand:
+        """An operand of one shape in another one."""
+        if have == wanted:
+            return operand
+        return self.Reshape(operand, self.sizes(wanted, have, copy=True))  # type: ignore[no-any-return]
+
+    def flattened(self, operand: Operand, width: Dim) -> New:
+        """An operand as a matrix of this many columns."""
+        if not isinstance(width, int):
+            raise self.unmet(f"the size {width} is not a known number", self._found.root)
+        return self.shared("Reshape", [operand, self.constant(int64([-1, width]), "shape")], None)
+
+    def numbered(self, operand: Operand, rank: int) -> New:
+        """0, 1, 2, … in the first `rank` axes of an operand, as int64."""
+        shape = self.shared("Shape", [operand], None, dtype=TensorProto.INT64)
+        axes = self.constant(int64(list(range(rank))), "axes")
+        sizes = self.shared("Gather", [shape, axes], (rank,), axis=0)
+        count = self.shared("ReduceProd", [sizes], (), keepdims=0)
+        zero, one = (self.constant(np.array(number), "number") for number in (0, 1))
+        numbers = self.shared("Range", [zero, count, one], None)
+        return self.shared("Reshape", [numbers, sizes], None)
 
     def sizes(self, dims: tuple[Dim, ...], have: tuple[Dim, ...], *, copy: bool) -> New:
         """A shape tensor; sizes that are no numbers are read off the captures."""

@@ -28,12 +28,15 @@ from fusion.expressions import (
     as_expr,
     axes,
     chain,
+    concat,
     either,
     erf,
     exp,
+    join,
     keep,
     mean,
     misuse,
+    pieces,
     sigmoid,
     sizes_given,
     softmax,
@@ -45,9 +48,9 @@ from fusion.expressions import (
 )
 
 __all__ = [
-    "ELLIPSIS", "Capture", "Dims", "Emit", "Expr", "Pattern", "along", "axes", "chain", "either", "erf", "exp", "keep",
-    "letters_of", "mean", "optional", "pattern", "rest", "scalar", "sigmoid", "softmax", "sqrt", "tanh", "tensor",
-    "walk",
+    "ELLIPSIS", "Capture", "Dims", "Emit", "Expr", "Pattern", "along", "axes", "chain", "concat", "either", "erf",
+    "exp", "join", "keep", "letters_of", "mean", "optional", "pattern", "pieces", "rest", "scalar", "sigmoid",
+    "softmax", "sqrt", "tanh", "tensor", "walk",
 ]  # fmt: skip
 
 
@@ -158,7 +161,7 @@ class Pattern:
 
     def _check_groups(self, expr: Expr) -> None:
         """A group of a capture must be split before its letters mean anything."""
-        if expr.kind in ("axes", "call", "keep"):
+        if expr.kind in ("axes", "call", "keep", "piece"):
             return
         for arg in expr.args:
             for token in arg.tokens or () if arg.kind == "var" else ():
@@ -229,7 +232,10 @@ class Pattern:
 def _unify(dims: Dims, argument: Expr, letters: dict[str, tuple[str, ...]], place: str) -> None:
     """Bind the callee's letters to the caller's, right-aligned; `...` takes what is left."""
     own = letters_of(dims)
-    given = [letters_of((token,)) for token in argument.tokens or argument.dims or ()]
+    tokens: Dims = argument.tokens or argument.dims or ()
+    if any(not isinstance(token, str) for token in dims) and len(tokens) == len(dims):  # group for group
+        tokens = letters_of(tokens)
+    given = [letters_of((token,)) for token in tokens]
     front = own.index(ELLIPSIS) if ELLIPSIS in own else len(own)
     back = own[front + 1 :]
     if len(given) < len(own) - (ELLIPSIS in own) or (ELLIPSIS not in own and len(given) != len(own)):

@@ -12,8 +12,10 @@ from typing import NamedTuple, TypeVar
 
 from onnx import TensorProto
 
+from fusion import parts
 from fusion import plan as p
 from fusion.axes import Axes
+from fusion.congruence import same
 from fusion.describe import describe, describe_item, spell_dims
 from fusion.graph import Node, Value
 from fusion.language import letters_of
@@ -167,6 +169,10 @@ class Matcher:
             yield from self.bind(single, given, context, state)
         elif isinstance(single, p.Kept) and isinstance(given, Ref):
             yield from self.kept(single, self.view.source(given), context, state)
+        elif isinstance(single, p.Join) and isinstance(given, Ref):
+            yield from parts.match_join(self, single, given, context, state)
+        elif isinstance(single, p.Concat) and isinstance(given, Ref):
+            yield from parts.match_concat(self, single, given, context, state)
         elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self._spine(single, context)):
             yield from spine.walk(given, 1.0, (), state)
         elif isinstance(given, Ref):
@@ -672,6 +678,9 @@ class Matcher:
             if value is not None:
                 yield from self._bind_number(name, value, state, given.value.name)
             return
+        if variable.piece is not None:
+            yield from parts.bind_piece(self, variable, given, context, state)
+            return
         ref = self.view.source(given)
         viewed = self.axes.view(ref.layout, variable.dims, capture.loose, context, state)
         if isinstance(viewed, str):
@@ -684,7 +693,7 @@ class Matcher:
             bound = state.copy()
             bound.bound[name] = Ref(ref.value, viewed)
             yield bound
-        elif known == Ref(ref.value, viewed):
+        elif isinstance(known, Ref) and same(self.view, known, Ref(ref.value, viewed)):
             yield state
         else:
             was = known.value.name if isinstance(known, Ref) else str(known)

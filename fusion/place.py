@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fusion.dims import Dim, broadcast, divide, stretched
+from fusion.dims import Dim, broadcast, divide, lower, stretched
 from fusion.graph import Node, Scope, Value
 from fusion.layout import Axis, Factor, Layout, merge_neighbours
 from fusion.radix import digits
@@ -98,7 +98,7 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
     """The operand that lies as `ref` says: standing in the graph, or made by the fewest new nodes.
 
     Raises:
-        Unmet: the layout cannot be written with Reshape, Transpose and Expand, or a size in it is unknown.
+        Unmet: the layout cannot be written with Slice, Reshape, Transpose and Expand, or a size in it is unknown.
     """
     actual = view.facts.shape(ref.value) or ()
     if ref.layout.source != actual:
@@ -135,6 +135,10 @@ def _written(builder: Builder, made: Operand, have: tuple[Dim, ...], steps: _Ste
         if op == "Transpose":
             have = tuple(have[axis] for axis in target)  # type: ignore[index]
             made = builder.shared("Transpose", [made], have, perm=list(target))
+        elif op == "Slice":
+            axis, start, stop, step = (int(str(number)) for number in target)
+            have = (*have[:axis], len(range(start, stop, step)), *have[axis + 1 :])
+            made = builder.sliced(made, axis, range(start, stop, step), have)
         elif op == "Unsqueeze":
             have = _inserted(have, target)
             made = builder.unsqueezed(made, [int(str(axis)) for axis in target], have)
@@ -177,6 +181,8 @@ def _express(wanted: Layout, have: Layout) -> Layout | None:
     """`wanted` over the value whose layout over the same source is `have`; None where that value lacks a part."""
     if wanted == have:
         return Layout.identity(have.shape)
+    if have.is_identity:
+        return wanted
     axes = []
     for axis in wanted.axes:
         factors: list[Factor] = []
@@ -232,7 +238,7 @@ def _inserted(have: tuple[Dim, ...], axes: tuple[Dim, ...]) -> tuple[Dim, ...]:
 
 
 class _Steps:
-    """Reshape, Transpose, Unsqueeze, Expand, Reshape or Unsqueeze, as far as they are needed."""
+    """Slice, Reshape, Transpose, Unsqueeze, Expand, Reshape or Unsqueeze, as far as they are needed."""
 
     def __init__(self) -> None:
         self.order: list[tuple[str, tuple[Dim, ...]]] = []
@@ -243,9 +249,36 @@ class _Steps:
 
 
 def _plan(wanted: Layout) -> _Steps | None:
-    """The operators that bring a value into `wanted`; None where a part of the value is cut out of it."""
+    """The operators that bring a value into `wanted`; None where they cannot."""
+    cuts, wanted = _cut(wanted)
     if any(offset != 0 for offset in wanted.offsets):
         return None
+    steps = _rearranging(wanted) if not wanted.is_identity else _Steps()
+    if steps is not None:
+        steps.order[:0] = cuts
+    return steps
+
+
+def _cut(wanted: Layout) -> tuple[list[tuple[str, tuple[Dim, ...]]], Layout]:
+    """Slices of the axes of which evenly spaced elements are read, and what is wanted of what they leave."""
+    cuts: list[tuple[str, tuple[Dim, ...]]] = []
+    for axis, (offset, dim) in enumerate(zip(wanted.offsets, wanted.source, strict=True)):
+        own = [factor for factors in wanted.axes for factor in factors if factor[0] == axis]
+        _, stride, size = own[0] if own else (axis, 1, 1)
+        if len(own) > 1 or (offset, stride, size) == (0, 1, dim) or lower(stride) < 1:
+            continue
+        if not all(isinstance(number, int) for number in (offset, stride, size)):
+            continue
+        cuts.append(("Slice", (axis, offset, offset + stride * (size - 1) + 1, stride)))
+        axes = tuple(tuple((axis, 1, size) if factor in own else factor for factor in f) for f in wanted.axes)
+        offsets = tuple(0 if index == axis else other for index, other in enumerate(wanted.offsets))
+        source = tuple(size if index == axis else other for index, other in enumerate(wanted.source))
+        wanted = Layout(axes, offsets, source)
+    return cuts, wanted
+
+
+def _rearranging(wanted: Layout) -> _Steps | None:
+    """The operators that bring the whole of a value into `wanted`."""
     if _is_aligned(wanted):
         steps = _Steps()
         steps.order.append(("Expand", wanted.shape))

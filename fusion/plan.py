@@ -10,15 +10,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fusion.errors import PatternError
 from fusion.language import Capture, Dims, Expr, Pattern, walk
 from fusion.terms import Atom, Group, Item, Prod, Sum, add, leaf, multiply, number, power
 
 
+class Piece(NamedTuple):
+    """Number `at` of `size` pieces along a letter."""
+
+    letter: str
+    at: int
+    size: int
+
+
 class Var(NamedTuple):
-    """A capture, read along the letters of `dims`."""
+    """A capture, read along the letters of `dims`; of a `piece`, these are the axes of the whole."""
 
     name: str
     dims: Dims | None = None
+    piece: Piece | None = None
 
 
 class Op(NamedTuple):
@@ -50,6 +60,22 @@ class MatMul(NamedTuple):
     letters: tuple[str, ...]
 
 
+class Join(NamedTuple):
+    """Pieces side by side along a letter, which `dims` merges with another one."""
+
+    parts: tuple[Prod, ...]
+    letter: str
+    dims: Dims
+
+
+class Concat(NamedTuple):
+    """Parts one after the other along the last axis of `dims`; `letters` are those of the parts there, if single."""
+
+    parts: tuple[Prod, ...]
+    letters: tuple[str, ...]
+    dims: Dims
+
+
 class Fused(NamedTuple):
     """A node of one of the operators that `pattern` reads."""
 
@@ -74,6 +100,7 @@ SPELLINGS: Mapping[str, frozenset[str]] = {
     "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul"}),
     "root": frozenset({"Sqrt", "Pow", "ReduceL2"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
+    "concat": frozenset({"Concat"}),
 }
 """Operators that may spell a part of a formula."""
 
@@ -141,8 +168,8 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
 
 
 def _inner(result: Expr) -> tuple[str, ...]:
-    """The letters of the value that a result with merged axes rearranges."""
-    if all(isinstance(token, str) for token in result.tokens or ()):
+    """The letters of the value that a result with merged axes rearranges; pieces that are joined rearrange nothing."""
+    if result.kind == "join" or all(isinstance(token, str) for token in result.tokens or ()):
         return ()
     if result.call is not None:
         bound = result.call.letters
@@ -215,9 +242,25 @@ class _Builder:
             return leaf(MatMul(self.factor(args[0], frame), self.factor(args[1], frame), letters))
         if expr.kind in ("axes", "keep"):
             return self.factor(args[0], frame)
+        if expr.kind == "piece":
+            return leaf(self.piece(expr, letters[0], frame))
+        if expr.kind == "join":
+            parts = tuple(self.factor(arg, frame) for arg in args)
+            return leaf(Join(parts, letters[0], frame.renamed(expr.tokens or ())))
+        if expr.kind == "concat":
+            parts = tuple(self.factor(arg, frame) for arg in args)
+            ends = tuple(frame.letters.get(end, (end,))[0] for end in expr.letters)
+            return leaf(Concat(parts, ends, frame.renamed(expr.tokens or ())))
         if expr.kind == "either":
             return self.factor(args[self.decide(len(args))], frame)
         return self._call(expr, frame)
+
+    def piece(self, expr: Expr, letter: str, frame: _Frame) -> Var:
+        """A piece of a capture: of the pattern's own, however deep the call is that cuts it."""
+        whole = self.term(expr.args[0], frame).single
+        if not isinstance(whole, Var) or whole.piece is not None:
+            raise PatternError(f"{frame.pattern.name} takes pieces of {expr.args[0].name!r}, which is no whole capture")
+        return whole._replace(piece=Piece(letter, *expr.piece))
 
     def _call(self, expr: Expr, frame: _Frame) -> Prod:
         call = expr.call
@@ -266,6 +309,16 @@ class _Frame:
                 if arg.kind == "var":
                     self.used[arg.name] += 1
 
+    def renamed(self, dims: Dims) -> Dims:
+        """Axes of this formula in the letters of the pattern that is built."""
+        renamed: list[str | tuple[str, ...]] = []
+        for token in dims:
+            if isinstance(token, str):
+                renamed.extend(self.letters.get(token, (token,)))
+            else:
+                renamed.append(tuple(outer for own in token for outer in self.letters.get(own, (own,))))
+        return tuple(renamed)
+
 
 def children(atom: Atom) -> Iterator[Prod]:
     """The terms below an atom of a plan."""
@@ -279,6 +332,8 @@ def children(atom: Atom) -> Iterator[Prod]:
     elif isinstance(atom, MatMul):
         yield atom.left
         yield atom.right
+    elif isinstance(atom, Join | Concat):
+        yield from atom.parts
     elif isinstance(atom, Fused):
         for _, argument in atom.arguments:
             if argument is not None:
@@ -298,7 +353,7 @@ def _height(term: Prod) -> int:
     """The longest chain of operators that are not arithmetic."""
     tallest = 0
     for atom, _ in term.factors:
-        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Fused) else 0
+        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Join | Concat | Fused) else 0
         tallest = max([tallest, own, *(own + _height(child) for child in children(atom))])
     return tallest
 
@@ -318,6 +373,8 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
                 yield SPELLINGS["softmax"]
             elif isinstance(atom, MatMul):
                 yield SPELLINGS["matmul"]
+            elif isinstance(atom, Join | Concat):
+                yield SPELLINGS["concat"]
             elif isinstance(atom, Fused):
                 yield frozenset(atom.pattern.readers)
         level = [child for current in level for atom, _ in current.factors for child in children(atom)]

@@ -18,9 +18,11 @@ from fusion.emit import Builder, Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
+from fusion.laws.noise import FLOATS
 from fusion.match import Matcher
 from fusion.plan import SPELLINGS, Plan, compile_pattern
 from fusion.region import Region, region_of, sources
+from fusion.schema import axes as schema_axes
 from fusion.state import Miss, State
 from fusion.targets import Target
 from fusion.terms import Ref
@@ -261,6 +263,8 @@ class Rewriter:
                 return []
             choices.append(nodes)
         nodes = min(choices, key=len)
+        if any(node.op == "Concat" for node in nodes):  # of numbers, not of sizes
+            nodes = [node for node in nodes if (out := node.outputs[0]) and self.facts.dtype(out) in FLOATS]
         if any(node.op == "Pow" for node in nodes):  # the root of a norm, not its squares
             nodes = [node for node in nodes if node.op != "Pow" or self._is_root(node)]
         names = {scope: scope.name for scope in {node.scope for node in nodes}}
@@ -338,7 +342,20 @@ class Rewriter:
             return False
         if node.key in self._tops[plan]:
             return True
+        if isinstance(plan.root.single, p.Join | p.Concat):
+            return self._is_joined(value)
         return bool(plan.inner) and isinstance(plan.root.single, p.MatMul) and self.view.rearranges(node)
+
+    def _is_joined(self, value: Value) -> bool:
+        """Whether a value is several others side by side along its last axis, or has several axes merged there."""
+        root = self.view.root(value)
+        if root is None or not root.layout.axes:
+            return False
+        source, layout = self.view.peel(root).ref
+        node = source.producer
+        along = schema_axes(node, self.facts) if node is not None and node.key == "Concat" else None
+        own = [axis for axis, _, _ in layout.axes[-1]]
+        return node is not None and (len(own) > 1 or (along is not None and along[0] in own))
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -461,6 +478,8 @@ def _tops(plan: Plan) -> Container[str]:
         return single.pattern.readers
     if isinstance(single, p.Op):
         return {single.name}
+    if isinstance(single, p.Join | p.Concat):
+        return SPELLINGS["sum"]
     return SPELLINGS["softmax"] if isinstance(single, p.Softmax) else MERGED
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
 from fusion.graph import Graph, Node, Value
-from fusion.laws import contraction, guards, noise, powers, reduction, ring
+from fusion.laws import contraction, guards, noise, pieces, powers, reduction, ring
 from fusion.layout import Layout
 from fusion.terms import Prod, Ref, leaf, number
 
@@ -153,7 +153,7 @@ class View:
             return (repeated, layout) if same is not None and len(same) == len(layout.source) else None
         through = self.facts.through(value)
         if through is None:
-            return None
+            return pieces.part(node, layout, self.facts)
         source, inner = through
         composed = layout.compose(inner)
         return None if composed is None else (source, composed)

@@ -139,7 +139,7 @@ class Build:
 
 WORDS = """
 Add Sub Mul Div Neg Pow Sqrt Reciprocal Erf Tanh Sigmoid Relu MatMul Gemm Softmax Transpose Where IsNaN Cast Identity
-Dropout Shape Max Min Expand Gather Concat Slice Gelu Sum Abs Not Split Equal If Squeeze
+Dropout Shape Max Min Expand Tile Gather Concat Slice Gelu Sum Abs Not Split Equal If Squeeze
 """
 OPERATORS = {name.lower(): name for name in WORDS.split()}
 
