@@ -107,6 +107,17 @@ class Plan:
     refines: Pattern | None
     reads: frozenset[str]
 
+    @property
+    def ends_in_product(self) -> bool:
+        """Whether all of the formula but one contraction may be absent, or is a number."""
+        items = self.root.single.items if isinstance(self.root.single, Sum) else (Item(1.0, self.root.factors),)
+        needed = [item for item in items if not self._is_kind(item.factors[0][0], "optional")]
+        atoms = [atom for item in needed for atom, _ in item.factors if not self._is_kind(atom, "scalar")]
+        return len(atoms) == 1 and isinstance(atoms[0], MatMul)
+
+    def _is_kind(self, atom: Atom, kind: str) -> bool:
+        return isinstance(atom, Var) and self.captures[atom.name].kind == kind
+
 
 def compile_pattern(pattern: Pattern) -> list[Plan]:
     """Return the plans of a pattern, the opened reading first."""

@@ -14,7 +14,7 @@ from itertools import islice
 from fusion import plan as p
 from fusion.apply import apply
 from fusion.checked import apply_checked
-from fusion.emit import Builder, Found, New, NewNode, Unmet
+from fusion.emit import GAIN, Builder, Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
@@ -156,7 +156,8 @@ class Rewriter:
         """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
         dirty: set[Node] | None = None
         learned = False
-        plans = self.writable
+        plans = first = [plan for plan in self.writable if not plan.pattern.is_last]
+        last = [plan for plan in self.writable if plan.pattern.is_last]
         for sweep in range(SWEEPS):
             self.outcome.sweeps = sweep + 1
             started = time.perf_counter()
@@ -173,8 +174,10 @@ class Rewriter:
             if made:
                 dirty, plans = _around(made), self._affected(made)
             elif not learned and self._leaves_attention():
-                learned, dirty, plans = True, None, self.writable
+                learned, dirty, plans = True, None, first
                 self._learn()
+            elif last:
+                dirty, plans, last = None, last, []
             else:
                 break
             self._forget()
@@ -415,6 +418,7 @@ class Rewriter:
     def _note(self, plan: Plan, root: Value, misses: tuple[Miss, ...]) -> None:
         """Remember why a match was not written, the reason nearest to success first."""
         key = (plan.pattern.name, root.name)
+        misses = tuple(miss for miss in misses if miss.kind != GAIN or not plan.pattern.is_last)
         if misses and key not in self._failed:
             self._failed[key] = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
 
@@ -461,6 +465,8 @@ def _tops(plan: Plan) -> Container[str]:
         return single.pattern.readers
     if isinstance(single, p.Op):
         return {single.name}
+    if plan.ends_in_product:
+        return MERGED | SPELLINGS["matmul"] | {"Transpose"}
     return SPELLINGS["softmax"] if isinstance(single, p.Softmax) else MERGED
 
 
