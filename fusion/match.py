@@ -432,7 +432,9 @@ class Matcher:
             scores = _without_maximum(Ref(operand, given.layout), self.view, positions)
             yield from self.child(atom.child, scores, context, current)
 
-    def _zeroed(self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State) -> Iterator[State]:
+    def _zeroed(
+        self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State
+    ) -> Iterator[State]:
         """A softmax that is 0 where a mask hides: the mask is one more part of what stands beside the scores."""
         source, condition, keep = zeroed
         ref = self.view.peel(source).ref

@@ -14,7 +14,7 @@ from itertools import islice
 from fusion import plan as p
 from fusion.apply import apply
 from fusion.checked import apply_checked
-from fusion.emit import GAIN, Builder, Found, New, NewNode, Unmet
+from fusion.emit import Builder, Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
@@ -418,8 +418,7 @@ class Rewriter:
     def _note(self, plan: Plan, root: Value, misses: tuple[Miss, ...]) -> None:
         """Remember why a match was not written, the reason nearest to success first."""
         key = (plan.pattern.name, root.name)
-        misses = tuple(miss for miss in misses if miss.kind != GAIN or not plan.pattern.is_last)
-        if misses and key not in self._failed:
+        if misses and key not in self._failed and not plan.pattern.is_last:  # any product is nearly one of these
             self._failed[key] = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
 
     # -- explaining -------------------------------------------------------------------------------------------------

@@ -84,12 +84,13 @@ def check_instance(instance: Instance, *, target: str = "ort-cpu") -> Checked:
     if count > 1:
         return Checked(False, True, f"matched {count} times")
     if count == 0:
-        misses = [miss for near in result.near_misses for miss in near.misses]
+        places = why(instance.model, instance.pattern, target=target).places
+        misses = [miss for place in places if place.nodes for miss in place.misses]
         text = "; ".join(f"{miss.kind}: {miss.text}" for miss in misses)
-        matched = [place for place in why(instance.model, instance.pattern, target=target).places if place.nodes]
-        if not matched:
-            return Checked(False, False, f"no match: {text or 'and no near miss'}")
-        if all(miss.kind == GAIN for place in matched for miss in place.misses):
+        if not any(place.nodes for place in places):
+            near = "; ".join(f"{miss.kind}: {miss.text}" for place in places for miss in place.misses)
+            return Checked(False, False, f"no match: {near or 'and no near miss'}")
+        if misses and all(miss.kind == GAIN for miss in misses):
             return Checked(True, False, "it stands there already")
         special = bool(instance.traps) or instance.dtype != TensorProto.FLOAT
         return Checked(special and bool(misses) and misses[0].kind in REFUSALS, False, f"not written: {text}")

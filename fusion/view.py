@@ -176,9 +176,16 @@ class View:
         if constant is not None:
             return number(constant)
         node = source.producer
-        if node is not None and node.key in OPENED and (peeled.private or self.shared):
+        if node is not None and node.key in OPENED and (peeled.private or self.shared) and not self._is_stored(source):
             return self.expand(peeled.ref)
         return leaf(peeled.ref)
+
+    def _is_stored(self, value: Value, depth: int = 3) -> bool:
+        """Whether a value is stored, or computed from such alone: one parameter, such as a weight of 1 + w."""
+        node = value.producer
+        if node is None or node.op == "Constant":
+            return self.facts.is_constant(value)
+        return depth > 0 and all(own is None or self._is_stored(own, depth - 1) for own in node.inputs)
 
     def expand(self, ref: Ref) -> Prod:
         """The term of a value, one level deep; a leaf where no law knows the operator."""

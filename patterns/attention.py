@@ -44,7 +44,9 @@ multi_head_attention.emit("onnx")(_standard)
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
-    found.require(not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean")
+    found.require(
+        not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean"
+    )
     return _standard(found, op)
 
 
