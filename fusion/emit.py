@@ -310,6 +310,11 @@ class Builder:
             raise self.unmet(f"the size of {letter} is not a known number", self._found.root)
         return self.constant(np.ones([int(str(s)) for s in sizes], self._numpy), "ones")
 
+    def zeros(self, letter: str) -> New:
+        """Zeros over the axes of a letter."""
+        ones = self.ones(letter)
+        return self.constant(np.zeros(ones.shape or (), self._numpy), "zeros")  # type: ignore[arg-type]
+
     @property
     def _numpy(self) -> np.dtype[Any]:
         return helper.tensor_dtype_to_np_dtype(self._found.dtype)

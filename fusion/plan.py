@@ -69,10 +69,10 @@ class Kept(NamedTuple):
 
 
 SPELLINGS: Mapping[str, frozenset[str]] = {
-    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}),
+    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "InstanceNormalization"}),
     "softmax": frozenset({"Softmax"}),
     "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul"}),
-    "root": frozenset({"Sqrt", "Pow", "ReduceL2"}),
+    "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
 }
 """Operators that may spell a part of a formula."""

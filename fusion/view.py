@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
 from fusion.graph import Graph, Node, Value
-from fusion.laws import contraction, guards, noise, powers, reduction, ring
+from fusion.laws import contraction, guards, noise, normalization, powers, reduction, ring
 from fusion.layout import Layout
 from fusion.terms import Prod, Ref, leaf, number
 
@@ -18,12 +18,13 @@ LAWS: dict[str, Normalise] = {
     **dict.fromkeys(powers.OPERATORS, powers.normalise),
     **dict.fromkeys(reduction.OPERATORS, reduction.normalise),
     **dict.fromkeys(contraction.OPERATORS, contraction.normalise),
+    **dict.fromkeys(normalization.OPERATORS, normalization.normalise),
 }
 MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 """Operators that a product or sum opens where their result is private."""
 
 
-OPENED = MERGED | reduction.COUNTED
+OPENED = MERGED | reduction.COUNTED | normalization.OPERATORS
 """Operators whose term is opened inside a product or sum: also reductions, whose count meets the numbers around."""
 
 PASSED = noise.OPERATORS | {"Where"} | rearrange.RULES.keys()
