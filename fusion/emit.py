@@ -446,7 +446,22 @@ class Builder:
 
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
-        return None if captured is None else self.placed(captured.ref, self._found.dtype)
+        if captured is None:
+            return None
+        return self._vector(captured) or self.placed(captured.ref, self._found.dtype)
+
+    def _vector(self, captured: Captured) -> New | None:
+        """A stored vector such as (1, 1, D), wanted as (D), written so; None for anything else."""
+        tensor, layout = captured.value.tensor, captured.ref.layout
+        if tensor is None or tensor.data_type != self._found.dtype or list(layout.shape) == list(tensor.dims):
+            return None
+        longer = [(axis, dim) for axis, dim in enumerate(tensor.dims) if dim != 1]
+        if len(longer) != 1 or len(layout.axes) != 1 or layout.whole(0) != longer[0][0]:
+            return None
+        found = self._found
+        if standing(found.view, captured.ref, found.dtype, found.node) is not None:
+            return None
+        return New(found.dtype, (longer[0][1],), parts=((tensor, None),))
 
     def fewest(self, *forms: Sequence[tuple[Captured, str]]) -> list[Operand]:
         """Captures in the axes of one of these forms: the first of those that need the fewest new nodes."""
