@@ -15,7 +15,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from fusion.captures import parse
-from fusion.dims import Dim, divide, product
+from fusion.dims import Dim, divide, lower, product
 from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
@@ -190,6 +190,10 @@ class Found:
                         f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label
                     )
 
+    def least(self, letter: str) -> float:
+        """The smallest size that a letter can have."""
+        return lower(product(self.dims(letter)))
+
     def count(self, letter: str) -> int:
         """How many axes a letter stands for."""
         return len(self.dims(letter))
@@ -313,7 +317,7 @@ class Builder:
     def zeros(self, letter: str) -> New:
         """Zeros over the axes of a letter."""
         ones = self.ones(letter)
-        return self.constant(np.zeros(ones.shape or (), self._numpy), "zeros")  # type: ignore[arg-type]
+        return self.constant(np.zeros([int(str(size)) for size in ones.shape or ()], self._numpy), "zeros")
 
     @property
     def _numpy(self) -> np.dtype[Any]:
@@ -449,6 +453,12 @@ class Builder:
         if captured is None:
             return None
         return self._vector(captured) or self.placed(captured.ref, self._found.dtype)
+
+    def before(self, captured: Captured, count: int) -> Operand:
+        """A capture with as many axes of size 1 behind its own."""
+        layout = captured.ref.layout
+        wide = Layout((*layout.axes, *((),) * count), layout.offsets, layout.source)
+        return self.placed(Ref(captured.value, wide), self._found.dtype)
 
     def _vector(self, captured: Captured) -> New | None:
         """A stored vector such as (1, 1, D), wanted as (D), written so; None for anything else."""

@@ -63,8 +63,18 @@ def _(found, op):
 
 @instance_norm.emit("onnx", "ort-cpu")
 def _(found, op):
+    found.require(
+        found.least("S") > 1, "of one element x - mean(x) is exactly 0, and a x + b with a = scale / sqrt(eps) not"
+    )
     bias = op.arranged(found.bias) or op.zeros("C")
     return op.InstanceNormalization(op.arranged(found.x), op.arranged(found.scale), bias, epsilon=found.eps)
+
+
+@instance_norm.emit("onnx", "ort-cpu")
+def _(found, op):
+    normed = op.InstanceNormalization(op.arranged(found.x), op.ones("C"), op.zeros("C"), epsilon=found.eps)
+    scaled = op.Mul(normed, op.before(found.scale, found.count("S")))
+    return op.Add(scaled, op.before(found.bias, found.count("S"))) if found.bias else scaled
 
 
 @rms_norm.emit("onnx", "ort-cpu")
