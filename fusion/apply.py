@@ -106,6 +106,8 @@ class _Application:
             operand.axis,
             transpose=[permutation for _, permutation in operand.parts],
         )
+        if operand.shape is not None:
+            tensor.dims[:] = [int(str(dim)) for dim in operand.shape]
         return self.graph.add_initializer(self.scope, tensor, self.found.node)
 
     def _constant(self, tensor: TensorProto) -> Value:

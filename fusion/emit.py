@@ -15,7 +15,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from fusion.captures import Token, parse
-from fusion.dims import Dim, divide, product
+from fusion.dims import Dim, divide, lower, product
 from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
@@ -23,8 +23,8 @@ from fusion.laws.noise import FLOATS
 from fusion.layout import Axis, Layout, merge_neighbours, regroup
 from fusion.masks import ABSORBING, keeps_a_key
 from fusion.parts import appended
-from fusion.place import before, int64, place, rearranged, shape_items, standing
-from fusion.plan import Plan
+from fusion.place import before, int64, nearest, place, rearranged, shape_items, standing
+from fusion.plan import SPELLINGS, Plan
 from fusion.region import Region, sources
 from fusion.state import Entry, Miss, State
 from fusion.targets import Target
@@ -33,6 +33,8 @@ from fusion.verdict import Verdict
 from fusion.view import View
 
 MICROSOFT = "com.microsoft"
+GAIN = "gain"
+"""The kind of a miss that says: it could be written, and would save nothing."""
 
 
 class Unmet(Exception):
@@ -122,11 +124,11 @@ class Found:
         """The version of the standard operators in the root's scope."""
         return self.node.scope.opsets.get("", 1)
 
-    def require(self, holds: bool | Verdict | None, text: str) -> None:
+    def require(self, holds: bool | Verdict | None, text: str, *, kind: str = "requirement") -> None:
         """Raise Unmet unless `holds`; None and UNKNOWN do not."""
         verdict = holds if isinstance(holds, Verdict) else Verdict.of(holds)
         if verdict is not Verdict.YES:
-            raise Unmet(text, verdict=verdict, place=self.root.name)
+            raise Unmet(text, kind=kind, verdict=verdict, place=self.root.name)
 
     def require_order(self, inputs: Iterable[Value]) -> None:
         """Every input is computed before the root, and before what is kept: else the new node would close a cycle."""
@@ -135,10 +137,33 @@ class Found:
         late = [value.name for value in inputs if not before(value, at)]
         self.require(not late, f"{', '.join(late)} is computed after {at.label}")
 
-    def require_gain(self, nodes: Iterable[NewNode]) -> None:
+    def require_gain(self, nodes: Sequence[NewNode]) -> None:
         """A rewrite replaces more nodes than it adds; what it shares with other matches does not count."""
         own = sum(not node.shared for node in nodes)
-        self.require(own < len(self.region.core), f"{own} new nodes would replace {len(self.region.core)}")
+        if own >= len(self.region.core):
+            self.require_fewer(nodes)
+
+    def require_fewer(self, nodes: Sequence[NewNode]) -> None:
+        """A rewrite replaces more nodes than it adds, with the rearrangements before the core that nobody else reads.
+
+        Other products count as nobody: they may read what lies before the rearrangement just as well.
+        """
+        needed = [operand for node in nodes for operand in node.inputs if isinstance(operand, Value)]
+        kept: set[Node] = set()
+        while needed:
+            producer = needed.pop().producer
+            if producer in self.region.prefix and producer not in kept:
+                kept.add(producer)
+                needed.extend(value for value in producer.inputs if value is not None)
+        replaced = {*self.region.core}
+        for node in reversed([node for node in self.region.prefix if node not in kept]):
+            values = [value for value in node.outputs if value is not None]
+            others = {reader for value in values for reader in value.uses if reader not in replaced}
+            if all(reader.key in SPELLINGS["matmul"] for reader in others) and not any(v.is_output for v in values):
+                replaced.add(node)
+        if len(nodes) >= len(replaced):
+            text = f"{len(nodes)} new nodes would replace {len(replaced)}"
+            raise Unmet(text, kind=GAIN, place=self.root.name)
 
     def size(self, letter: str) -> int:
         """The size of a letter, of its axes together; raises Unmet where it is not a known number."""
@@ -165,6 +190,10 @@ class Found:
                     raise Unmet(
                         f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label
                     )
+
+    def least(self, letter: str) -> float:
+        """The smallest size that a letter can have."""
+        return lower(product(self.dims(letter)))
 
     def count(self, letter: str) -> int:
         """How many axes a letter stands for."""
@@ -309,6 +338,11 @@ class Builder:
             raise self.unmet(f"the size of {letter} is not a known number", self._found.root)
         return self.constant(np.ones([int(str(s)) for s in sizes], self._numpy), "ones")
 
+    def zeros(self, letter: str) -> New:
+        """Zeros over the axes of a letter."""
+        ones = self.ones(letter)
+        return self.constant(np.zeros([int(str(size)) for size in ones.shape or ()], self._numpy), "zeros")
+
     @property
     def _numpy(self) -> np.dtype[Any]:
         return helper.tensor_dtype_to_np_dtype(self._found.dtype)
@@ -349,6 +383,41 @@ class Builder:
                 raise Unmet(f"{capture.name} ({capture.value.name}) is not read whole", place=capture.value.name)
             parts.append((tensor, (1, 0) if read == [1, 0] else None))
         return New(self._found.dtype, parts=tuple(parts), axis=axis)
+
+    def rank(self, operand: Operand) -> int | None:
+        """How many axes an operand has; None where that is unknown."""
+        if operand is None:
+            return None
+        shape = operand.shape if isinstance(operand, New) else self._found.facts.shape(operand)
+        return None if shape is None else len(shape)
+
+    def stored(self, captured: Captured, *orders: Callable[[int], Sequence[int]], keep: int = 0) -> tuple[Operand, int]:
+        """A capture as it is stored, its axes in one of several orders: the operand, and which of the orders it has.
+
+        What lies nearest to the capture's source is taken; where nothing lies so, new nodes bring it into the first
+        order. Axes over which it is broadcast have size 1, or, leading ones, may be missing.
+
+        Args:
+            captured: what to look up.
+            orders: each gives, for a number of axes, the order in which the axes of the capture are stored.
+            keep: how many trailing axes must be there.
+
+        Raises:
+            Unmet: it cannot be brought there.
+        """
+        layout, found = captured.ref.layout, self._found
+        axes = tuple(axis if layout.depends(index) else () for index, axis in enumerate(layout.axes))
+        missing = next((index for index, axis in enumerate(axes[: len(axes) - keep]) if axis), len(axes) - keep)
+        wanted: list[tuple[int, Layout]] = []
+        for lead in range(missing + 1):
+            narrow = Layout(axes[lead:], layout.offsets, layout.source)
+            for index, order in enumerate(orders):
+                permuted = list(order(len(axes) - lead))
+                if sorted(permuted) == list(range(len(axes) - lead)):
+                    wanted.append((index, narrow.permute(permuted)))
+        chosen = nearest(found.view, captured.value, [own for _, own in wanted], found.node)
+        index, narrow = wanted[chosen or 0]
+        return self.placed(Ref(captured.value, narrow), found.dtype), index
 
     def broadcast(self, captured: Captured) -> Operand:
         """A capture of three axes that may lack the first one, or have it as 1, where it is broadcast over it."""
@@ -405,7 +474,28 @@ class Builder:
 
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
-        return None if captured is None else self.placed(captured.ref, self._found.dtype)
+        if captured is None:
+            return None
+        return self._vector(captured) or self.placed(captured.ref, self._found.dtype)
+
+    def before(self, captured: Captured, count: int) -> Operand:
+        """A capture with as many axes of size 1 behind its own."""
+        layout = captured.ref.layout
+        wide = Layout((*layout.axes, *((),) * count), layout.offsets, layout.source)
+        return self.placed(Ref(captured.value, wide), self._found.dtype)
+
+    def _vector(self, captured: Captured) -> New | None:
+        """A stored vector such as (1, 1, D), wanted as (D), written so; None for anything else."""
+        tensor, layout = captured.value.tensor, captured.ref.layout
+        if tensor is None or tensor.data_type != self._found.dtype or list(layout.shape) == list(tensor.dims):
+            return None
+        longer = [(axis, dim) for axis, dim in enumerate(tensor.dims) if dim != 1]
+        if len(longer) != 1 or len(layout.axes) != 1 or layout.whole(0) != longer[0][0]:
+            return None
+        found = self._found
+        if standing(found.view, captured.ref, found.dtype, found.node) is not None:
+            return None
+        return New(found.dtype, (longer[0][1],), parts=((tensor, None),))
 
     def fewest(self, *forms: Sequence[tuple[Captured, str]]) -> list[Operand]:
         """Captures in the axes of one of these forms: the first of those that need the fewest new nodes."""

@@ -25,7 +25,7 @@ from fusion.plan import Plan
 from fusion.schema import attribute, extra_attributes
 from fusion.spine import Spine
 from fusion.state import Context, Entry, Miss, State
-from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref, Sum
+from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref, Sum, recut, references
 from fusion.verdict import Verdict
 from fusion.view import View
 
@@ -454,26 +454,32 @@ class Matcher:
     def mean(self, atom: p.Mean, given: Reduce, context: Context, state: State) -> Iterator[State]:
         """A mean; inside it the letters stand for the axes reduced."""
         child = given.child
-        first = (
-            child
-            if isinstance(child, Ref)
-            else next((inner for inner, _ in child.factors if isinstance(inner, Ref)), None)
-        )
+        first = child if isinstance(child, Ref) else next(references(child), None)
         letter = atom.letters[-1]
         if first is None or len(atom.letters) != 1:
             return
-        total = len(first.layout.axes)
-        inside = tuple(range(total - given.rank, total))
+        start = len(first.layout.axes) - given.rank
         outside = context.get(letter, state.letters.get(letter))
         bound = state
         if outside is None:
-            free = [axis for axis, dim in enumerate(first.layout.shape[: self.axes.rank]) if dim != 1]
-            spread = [axis for axis in free if not first.layout.depends(axis)]
-            if letters_of(self.plan.dims)[-1:] != (letter,) or given.rank > self.axes.rank:
+            if letters_of(self.plan.dims)[-1:] != (letter,):
                 return
-            trailing = tuple(range(self.axes.rank - given.rank, self.axes.rank))
+            spread = tuple(axis for axis in range(self.axes.rank) if not first.layout.depends(axis))
+            if len(spread) != given.rank:
+                spread = tuple(axis for axis in spread if first.layout.shape[axis] != 1)
+            outside = tuple(range(self.axes.rank - given.rank, self.axes.rank))
+            one = len(spread) > given.rank and spread == tuple(range(spread[0], self.axes.rank))
+            if one or len(spread) == given.rank:  # merged into one axis, or anywhere
+                outside = spread
+            if outside[:1] < (0,):
+                return
             bound = state.copy()
-            bound.letters[letter] = outside = tuple(spread) if len(spread) == given.rank else trailing
+            bound.letters[letter] = outside
+        if len(outside) != given.rank:
+            sizes = [first.layout.shape[axis] for axis in outside]
+            child = recut(child, start, start + given.rank, sizes) or child
+            first = child if isinstance(child, Ref) else next(references(child))
+        inside = tuple(range(start, len(first.layout.axes)))
         states: Iterator[State] = iter((bound,))
         if len(outside) != len(inside):
             states = self.miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)

@@ -6,7 +6,7 @@ stands, Reshape, Transpose and Expand are asked for, and they are shared by ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +32,15 @@ def standing(view: View, ref: Ref, dtype: int | None, at: Node) -> Value | None:
         same = _agree(layout, ref.layout) or (value is ref.value and _is_whole(ref.layout))
         if same and (dtype is None or view.facts.dtype(value) == dtype):
             return value
+    return None
+
+
+def nearest(view: View, source: Value, wanted: Sequence[Layout], at: Node) -> int | None:
+    """Which of these layouts over `source` is that of the nearest value in one of them; None where there is no such."""
+    for value, layout in _rearranged(view, source, at):
+        for index, own in enumerate(wanted):
+            if _agree(layout, own) or (value is source and _is_whole(own)):
+                return index
     return None
 
 

@@ -158,13 +158,14 @@ class Rewriter:
         """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
         dirty: set[Node] | None = None
         learned = False
-        plans = self.writable
+        plans = first = [plan for plan in self.writable if not plan.pattern.is_last]
+        last = [plan for plan in self.writable if plan.pattern.is_last]
         for sweep in range(SWEEPS):
             self.outcome.sweeps = sweep + 1
             started = time.perf_counter()
             candidates = self.candidates(plans, dirty)
             if not learned and self._leaves_attention(candidates):  # before what a rewrite removes can say no more
-                learned, dirty, plans = True, None, self.writable
+                learned, dirty, plans = True, None, first
                 self._learn()
                 self._forget()
                 candidates = self.candidates(plans)
@@ -175,8 +176,10 @@ class Rewriter:
             if made:
                 dirty, plans = _around(made), self._affected(made)
             elif not learned and self._leaves_attention():
-                learned, dirty, plans = True, None, self.writable
+                learned, dirty, plans = True, None, first
                 self._learn()
+            elif last:
+                dirty, plans, last = None, last, []
             else:
                 break
             self._forget()
@@ -432,7 +435,7 @@ class Rewriter:
     def _note(self, plan: Plan, root: Value, misses: tuple[Miss, ...]) -> None:
         """Remember why a match was not written, the reason nearest to success first."""
         key = (plan.pattern.name, root.name)
-        if misses and key not in self._failed:
+        if misses and key not in self._failed and not plan.pattern.is_last:  # any product is nearly one of these
             self._failed[key] = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
 
     # -- explaining -------------------------------------------------------------------------------------------------
@@ -480,6 +483,8 @@ def _tops(plan: Plan) -> Container[str]:
         return {single.name}
     if isinstance(single, p.Join | p.Concat):
         return SPELLINGS["sum"]
+    if plan.ends_in_product:
+        return MERGED | SPELLINGS["matmul"] | {"Transpose"}
     return SPELLINGS["softmax"] if isinstance(single, p.Softmax) else MERGED
 
 

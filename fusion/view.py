@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
 from fusion.graph import Graph, Node, Value
-from fusion.laws import contraction, guards, noise, pieces, powers, reduction, ring
+from fusion.laws import contraction, guards, noise, normalization, pieces, powers, reduction, ring
 from fusion.layout import Layout
 from fusion.terms import Prod, Ref, leaf, number
 
@@ -18,12 +18,13 @@ LAWS: dict[str, Normalise] = {
     **dict.fromkeys(powers.OPERATORS, powers.normalise),
     **dict.fromkeys(reduction.OPERATORS, reduction.normalise),
     **dict.fromkeys(contraction.OPERATORS, contraction.normalise),
+    **dict.fromkeys(normalization.OPERATORS, normalization.normalise),
 }
 MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 """Operators that a product or sum opens where their result is private."""
 
 
-OPENED = MERGED | reduction.COUNTED
+OPENED = MERGED | reduction.COUNTED | normalization.OPERATORS
 """Operators whose term is opened inside a product or sum: also reductions, whose count meets the numbers around."""
 
 PASSED = noise.OPERATORS | {"Where"} | rearrange.RULES.keys()
@@ -176,9 +177,16 @@ class View:
         if constant is not None:
             return number(constant)
         node = source.producer
-        if node is not None and node.key in OPENED and (peeled.private or self.shared):
+        if node is not None and node.key in OPENED and (peeled.private or self.shared) and not self._is_stored(source):
             return self.expand(peeled.ref)
         return leaf(peeled.ref)
+
+    def _is_stored(self, value: Value, depth: int = 3) -> bool:
+        """Whether a value is stored, or computed from such alone: one parameter, such as a weight of 1 + w."""
+        node = value.producer
+        if node is None or node.op == "Constant":
+            return self.facts.is_constant(value)
+        return depth > 0 and all(own is None or self._is_stored(own, depth - 1) for own in node.inputs)
 
     def expand(self, ref: Ref) -> Prod:
         """The term of a value, one level deep; a leaf where no law knows the operator."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from building import BOOL, misses, numbers, operators, same
-from test_attention import CROSS, PRIMES, SMALLEST, Attention, Sizes
+from building import BOOL, misses, numbers, operators
+from test_attention import CROSS, PRIMES, SMALLEST, Attention, Sizes, same
 
 MULTI = {"multi_head_attention": 1}
 
