@@ -150,12 +150,13 @@ class Rewriter:
         self._failed: dict[tuple[str, str], NearMiss] = {}
 
     def run(self) -> Outcome:
-        """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
+        """Rewrite to the fixpoint; the graph holds the edits, uncommitted. Run it again where others edited since."""
         dirty: set[Node] | None = None
         learned = False
+        self._failed.clear()
         plans = self.writable
-        for sweep in range(SWEEPS):
-            self.outcome.sweeps = sweep + 1
+        for _ in range(SWEEPS):
+            self.outcome.sweeps += 1
             started = time.perf_counter()
             candidates = self.candidates(plans, dirty)
             self.outcome.seconds["match"] += time.perf_counter() - started
@@ -169,11 +170,15 @@ class Rewriter:
                 self._learn()
             else:
                 break
-            self.view.forget()
-            self._shared.forget()
-            self._reached.clear()
-        self.outcome.near.extend(self._failed.values())
+            self.forget()
+        self.outcome.near = list(self._failed.values())
         return self.outcome
+
+    def forget(self) -> None:
+        """Drop what an edit of the graph may have changed."""
+        self.view.forget()
+        self._shared.forget()
+        self._reached.clear()
 
     def _affected(self, made: Sequence[Node]) -> list[Plan]:
         """The plans that new nodes can make match: those that read such a node, or failed before."""
