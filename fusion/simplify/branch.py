@@ -17,7 +17,7 @@ def inline(editor: Editor, rule: str, node: Node) -> bool:
     name = "then_branch" if known else "else_branch"
     attributes = [attribute for attribute in node.proto.attribute if attribute.name in ("then_branch", "else_branch")]
     taken = next((body for a, body in zip(attributes, node.bodies, strict=True) if a.name == name), None)
-    if taken is None or len(taken.outputs) < len(node.outputs) or taken.proto.sparse_initializer:  # type: ignore[union-attr]
+    if taken is None or len(taken.outputs) < len(node.outputs) or taken.proto.sparse_initializer:
         return False
     if any(value is not None and value.name in editor.annotated for value in node.outputs):
         return False

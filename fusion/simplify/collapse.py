@@ -18,6 +18,8 @@ from fusion.simplify.sizes import reshape_target
 
 REGROUPS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten"})
 """Operators that keep the elements in their order."""
+OPERATORS = frozenset(rearrange.RULES) | {"Cast"}
+"""What may be a link of such a chain."""
 AXES_INPUT = 13
 """The opset from which Squeeze and Unsqueeze read their axes from an input."""
 

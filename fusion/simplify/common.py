@@ -12,10 +12,9 @@ from collections.abc import Hashable
 from onnx import AttributeProto, TensorProto, helper
 
 from fusion.facts import Facts, constants
-from fusion.facts.values import RULES as INTEGER_RULES
 from fusion.graph import Node, Value
 from fusion.schema import defaults
-from fusion.simplify.purity import feeds_quantisation, is_mergeable
+from fusion.simplify.purity import feeds_quantisation
 
 SMALL = 1024
 """Bytes up to which equal constants are merged; what is larger is not read for it."""
@@ -65,19 +64,16 @@ class Table:
         return None if self.around is None else self.around._find_value(key)
 
 
-def node_key(node: Node) -> Hashable | None:
-    """What two nodes that compute the same have in common; None for a node that is never merged."""
-    if not is_mergeable(node):
-        return None
+def node_key(node: Node) -> Hashable:
+    """What two nodes that compute the same have in common."""
     inputs = tuple(node.inputs)
     if node.op in COMMUTATIVE:
         inputs = tuple(sorted(inputs, key=id))
-    if not node.proto.attribute:
-        return (node.key, inputs)
-    return (node.key, inputs, _attributes(node))
+    return (node.key, inputs, _attributes(node) if node.proto.attribute else ())
 
 
 def _attributes(node: Node) -> Hashable:
+    """What the attributes say beyond their defaults."""
     standard = defaults(node.op, node.domain, node.version)
     said = []
     for attribute in node.proto.attribute:
@@ -90,11 +86,8 @@ def _attributes(node: Node) -> Hashable:
     return tuple(sorted(said))
 
 
-def integer_key(facts: Facts, node: Node) -> Hashable | None:
+def integer_key(facts: Facts, output: Value) -> Hashable | None:
     """What is known of a small integer tensor, where every element is known."""
-    if node.key not in INTEGER_RULES or len(node.outputs) != 1 or node.outputs[0] is None:
-        return None
-    output = node.outputs[0]
     known, dtype = facts.integers(output), facts.dtype(output)
     if known is None or dtype is None or any(item is None for item in known.items) or feeds_quantisation(output):
         return None

@@ -30,14 +30,11 @@ FLOATS = frozenset({np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.floa
 
 def fold(editor: Editor, rule: str, node: Node) -> bool:
     """Make the output of a node a constant, if all that it reads are small constants."""
-    compute = OPERATORS.get(node.key)
+    if not node.inputs or any(value is None or constants.stored(value) is None for value in node.inputs):
+        return False
+    facts, compute = editor.facts, COMPUTED.get(node.key)
     output = node.outputs[0] if len(node.outputs) == 1 else None
-    if output is None or (compute is None and node.key not in rearrange.RULES):
-        return False
-    facts = editor.facts
-    if any(value is None or constants.stored(value) is None for value in node.inputs):
-        return False
-    if is_quantisation(node) or feeds_quantisation(output):
+    if output is None or is_quantisation(node) or feeds_quantisation(output):
         return False
     arrays = [constants.small(facts.graph, value) for value in node.inputs if value is not None]
     given = [array for array in arrays if array is not None]
@@ -76,26 +73,28 @@ def _moved(facts: Facts, node: Node, array: Array) -> Array | None:
 
 def read(layout: Layout, array: Array) -> Array | None:
     """The elements of a source as a layout lies over it; None where a size is no number."""
-    sizes = [size for axis in layout.axes for _, _, size in axis]
-    steps = [stride for axis in layout.axes for _, stride, _ in axis]
-    if layout.source != array.shape or not all(isinstance(n, int) for n in (*sizes, *steps, *layout.offsets)):
+    digits: list[tuple[int | None, int, int]] = []
+    for source, stride, size in (factor for axis in layout.axes for factor in axis):
+        if not isinstance(stride, int) or not isinstance(size, int):
+            return None
+        digits.append((source, stride, size))
+    if layout.source != array.shape or not all(isinstance(offset, int) for offset in layout.offsets):
         return None
-    index: list[Any] = [np.full((1,) * len(sizes), offset) for offset in layout.offsets]
-    for place, (source, stride, size) in enumerate(factor for axis in layout.axes for factor in axis):
+    index: list[Any] = [np.full((1,) * len(digits), offset) for offset in layout.offsets]
+    for place, (source, stride, size) in enumerate(digits):
         if source is not None:
-            spread = [-1 if other == place else 1 for other in range(len(sizes))]
+            spread = [-1 if other == place else 1 for other in range(len(digits))]
             index[source] = index[source] + (np.arange(size) * stride).reshape(spread)
-    taken = array[tuple(index)] if index else array.reshape((1,) * len(sizes))
-    return np.broadcast_to(taken, sizes).reshape(layout.shape)  # type: ignore[arg-type]
+    taken = array[tuple(index)] if index else array.reshape((1,) * len(digits))
+    shape = [dim for dim in layout.shape if isinstance(dim, int)]
+    return np.broadcast_to(taken, [size for *_, size in digits]).reshape(shape)
 
 
 def integers(editor: Editor, rule: str, node: Node) -> bool:
     """Make the output of a node a constant, if it is a small integer tensor of which every element is known."""
-    if node.key not in INTEGER_RULES or len(node.outputs) != 1:
-        return False
     output = node.outputs[0]
     known = None if output is None else editor.facts.integers(output)
-    if output is None or known is None or is_quantisation(node) or feeds_quantisation(output):
+    if output is None or known is None or feeds_quantisation(output):
         return False
     array = as_array(editor.facts.dtype(output), known)
     return array is not None and editor.settle(rule, output, numpy_helper.from_array(array))
@@ -166,7 +165,9 @@ def _concat(node: Node, facts: Facts, *given: Array) -> Array | None:
 
 
 def _where(node: Node, facts: Facts, condition: Array, yes: Array, no: Array) -> Array | None:
-    return np.where(condition, yes, no) if yes.dtype == no.dtype else None
+    if yes.dtype != no.dtype or any(a.dtype.kind == "f" and (np.signbit(a) & (a == 0)).any() for a in (yes, no)):
+        return None  # onnxruntime's kernel makes 0.0 of -0.0
+    return np.where(condition, yes, no)
 
 
 def _constant_of_shape(node: Node, facts: Facts, shape: Array) -> Array | None:
@@ -182,14 +183,14 @@ def _constant_of_shape(node: Node, facts: Facts, shape: Array) -> Array | None:
 def _range(node: Node, facts: Facts, start: Array, limit: Array, step: Array) -> Array | None:
     if start.dtype.kind not in "iu" or start.size != 1 or step.item() == 0:
         return None
-    return np.arange(start.item(), limit.item(), step.item(), start.dtype)
+    return np.arange(int(start.item()), int(limit.item()), int(step.item())).astype(start.dtype)
 
 
 def _boolean(operation: Callable[..., Any]) -> Compute:
     return _exact(operation, "b")
 
 
-OPERATORS: dict[str, Compute] = {
+COMPUTED: dict[str, Compute] = {
     "Abs": _exact(np.abs),
     "Add": _exact(np.add),
     "And": _boolean(np.logical_and),
@@ -219,3 +220,10 @@ OPERATORS: dict[str, Compute] = {
     "Where": _where,
     "Xor": _boolean(np.logical_xor),
 }
+
+OPERATORS = frozenset(COMPUTED) | frozenset(rearrange.RULES)
+"""What `fold` knows."""
+INTEGERS = frozenset(INTEGER_RULES)
+"""What `integers` knows."""
+SOURCES = frozenset({"Shape", "Size", "ConstantOfShape"})
+"""Operators whose output may be known where no element of an input is."""

@@ -15,8 +15,6 @@ from fusion.graph import Node, Value
 from fusion.schema import attribute
 from fusion.verdict import Verdict
 
-FLOATS = frozenset({TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16})
-
 
 def same_value(facts: Facts, node: Node) -> Value | None:
     """The input that output 0 of a node equals; None where the node computes something, or nobody knows."""
@@ -59,26 +57,24 @@ def round_trip(facts: Facts, node: Node) -> Value | None:
     return first if facts.dtype(first) == facts.dtype(result) else None
 
 
-_DIGITS = {
+_DIGITS: dict[int | None, tuple[int, int]] = {
     TensorProto.FLOAT16: (11, 15),
     TensorProto.BFLOAT16: (8, 127),
     TensorProto.FLOAT: (24, 127),
     TensorProto.DOUBLE: (53, 1023),
 }
 """Binary digits and the largest exponent of float types."""
-_BITS = {
-    kind: (np.iinfo(name).bits - (np.iinfo(name).min < 0), np.iinfo(name).min < 0)
-    for kind, name in (
-        (TensorProto.INT64, "int64"),
-        (TensorProto.INT32, "int32"),
-        (TensorProto.INT16, "int16"),
-        (TensorProto.INT8, "int8"),
-        (TensorProto.UINT64, "uint64"),
-        (TensorProto.UINT32, "uint32"),
-        (TensorProto.UINT16, "uint16"),
-        (TensorProto.UINT8, "uint8"),
-    )
-} | {TensorProto.BOOL: (1, False)}
+_BITS: dict[int | None, tuple[int, bool]] = {
+    TensorProto.BOOL: (1, False),
+    TensorProto.INT64: (63, True),
+    TensorProto.INT32: (31, True),
+    TensorProto.INT16: (15, True),
+    TensorProto.INT8: (7, True),
+    TensorProto.UINT64: (64, False),
+    TensorProto.UINT32: (32, False),
+    TensorProto.UINT16: (16, False),
+    TensorProto.UINT8: (8, False),
+}
 """Binary digits of integer types, and whether they have a sign."""
 
 
@@ -87,7 +83,7 @@ def is_lossless(source: int | None, target: int | None) -> bool:
     if source in _DIGITS and target in _DIGITS:
         return all(a <= b for a, b in zip(_DIGITS[source], _DIGITS[target], strict=True))
     if source in _BITS and target in _DIGITS:
-        return _BITS[source][0] <= _DIGITS[target][0] and _BITS[source][0] <= _DIGITS[target][1]
+        return _BITS[source][0] <= min(_DIGITS[target])
     if source in _BITS and target in _BITS and target != TensorProto.BOOL:
         bits, signed = _BITS[source]
         more, signs = _BITS[target]
@@ -115,8 +111,16 @@ def _pad(facts: Facts, node: Node) -> Value | None:
     return source if around is not None and all(pair == (0, 0) for pair in around) else None
 
 
-def _neutral(slots: tuple[int, ...], test: Callable[[Facts, Value], bool]) -> Callable[[Facts, Node], Value | None]:
-    """Arithmetic with an operand that changes no element, if the other operand has the shape of the result."""
+def _neutral(
+    slots: tuple[int, ...], test: Callable[[Facts, Value], bool], *, stored: bool = True
+) -> Callable[[Facts, Node], Value | None]:
+    """Arithmetic with an operand that changes no element, if the other operand has the shape of the result.
+
+    Args:
+        slots: where the operand may stand.
+        test: whether it is neutral.
+        stored: look only at constants; what is computed, masks apart, is hardly ever neutral.
+    """
 
     def rule(facts: Facts, node: Node) -> Value | None:
         result = node.outputs[0]
@@ -124,7 +128,9 @@ def _neutral(slots: tuple[int, ...], test: Callable[[Facts, Value], bool]) -> Ca
             return None
         for slot in slots:
             operand, other = node.inputs[slot], node.inputs[1 - slot]
-            if operand is None or other is None or not test(facts, operand):
+            if operand is None or other is None or (stored and constants.stored(operand) is None):
+                continue
+            if not test(facts, operand):
                 continue
             if has_shape(facts, other, result) and facts.dtype(other) == facts.dtype(result) is not None:
                 return other
@@ -160,10 +166,10 @@ def _zero(negative: bool) -> Callable[[Facts, Value], bool]:
 
 
 def _where(facts: Facts, node: Node) -> Value | None:
-    """A choice that is the same everywhere."""
+    """A choice that is the same everywhere; not of floats, for onnxruntime's kernel makes 0.0 of -0.0."""
     condition, result = node.input(0), node.outputs[0]
     known = None if condition is None else facts.number(condition)
-    if known is None or result is None:
+    if known is None or result is None or facts.dtype(result) not in INTEGERS | {TensorProto.BOOL}:
         return None
     chosen = node.input(1 if known else 2)
     return chosen if chosen is not None and has_shape(facts, chosen, result) else None
@@ -181,7 +187,7 @@ RULES: dict[str, Callable[[Facts, Node], Value | None]] = {
     "Sub": _neutral((1,), _zero(negative=False)),
     "Mul": _neutral((0, 1), _number(1.0)),
     "Div": _neutral((1,), _number(1.0)),
-    "And": _neutral((0, 1), _number(1.0)),
-    "Or": _neutral((0, 1), _number(0.0)),
+    "And": _neutral((0, 1), _number(1.0), stored=False),
+    "Or": _neutral((0, 1), _number(0.0), stored=False),
     "Where": _where,
 }

@@ -53,7 +53,7 @@ class Removable:
         for scope in graph.scopes:
             proto = scope.proto
             if scope.owner is None and scope is not graph.main:
-                self._functions[proto.domain, proto.name] = scope  # type: ignore[union-attr]
+                self._functions[proto.domain, proto.name] = scope
         self._known: dict[Scope, bool] = {}
 
     def __call__(self, node: Node) -> bool:

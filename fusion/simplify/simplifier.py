@@ -7,6 +7,7 @@ hangs on who else reads a value, or on sizes of which more is known once a graph
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import TypeAlias
 
 from onnx import TensorProto, numpy_helper
 
@@ -16,9 +17,14 @@ from fusion.graph import _in_order as in_order
 from fusion.rewrite import Rewritten
 from fusion.simplify import branch, collapse, common, dead, folding, identity, sizes
 from fusion.simplify.edits import Editor
+from fusion.simplify.purity import is_mergeable
 
 PASSES = 8
 """Upper bound of the repetitions; the third rarely finds anything."""
+
+
+Step: TypeAlias = Callable[[Node], bool]
+"""A rule, tried at a node: whether it changed anything."""
 
 
 class Simplifier:
@@ -36,46 +42,43 @@ class Simplifier:
         self.facts = facts
         self.editor = Editor(graph, facts, rewritten)
         self.rules = frozenset(rules)
-        steps: list[tuple[str, Callable[[Node], bool]]] = [
-            ("identity", self._pass_on),
-            ("collapse", self._collapse),
-            ("constant_folding", self._fold),
-            ("constant_sizes", self._settle_sizes),
-        ]
-        self._steps = [step for name, step in steps if name in self.rules]
-
-    def prepare(self) -> None:
-        """What fusions profit from: dead readers go, and branches that are always taken open."""
-        if "dead_code" in self.rules:
-            dead.remove(self.editor, "dead_code")
-        if "constant_branch" not in self.rules:
-            return
-        inlined = False
-        for scope in self.graph.scopes:  # a branch is behind the scope around it, and what it holds moves there
-            pending = self._ifs(scope)
-            while pending:
-                if branch.inline(self.editor, "constant_branch", pending.pop()):
-                    inlined = True
-                    pending = self._ifs(scope)
-        if inlined:
-            self._forget()
-
-    def _ifs(self, scope: Scope) -> list[Node]:
-        return [node for node in scope.nodes if node.key == "If"] if "If" in self.graph.by_op else []
+        self._steps: dict[str, tuple[Step, ...]] = {}
+        self._counted: set[Value] = set()
+        """Values of which facts may know integers: what sizes are worked out from."""
+        self._single: dict[Value, tuple[Node, common.Table]] = {}
+        """The only reader of a value, which nothing can be equal to until the value has another."""
 
     def run(self) -> bool:
         """Simplify to the fixpoint; return whether anything changed. The graph holds the edits, uncommitted."""
         start = self.editor.count
         for _ in range(PASSES):
             before = self.editor.count
-            self.prepare()
-            for scope in list(self.graph.scopes):
-                if scope.parent is None:
-                    self._visit(scope, common.Table())
+            self._pass()
             if self.editor.count == before:
                 break
             self._forget()
         return self.editor.count > start
+
+    def _pass(self) -> None:
+        if "dead_code" in self.rules:
+            dead.remove(self.editor, "dead_code")
+        if "constant_branch" in self.rules and self.graph.by_op.get("If"):
+            self._open_branches()
+        self._counted.clear()
+        self._single.clear()
+        for scope in list(self.graph.scopes):
+            if scope.parent is None:
+                self._visit(scope, common.Table())
+
+    def _open_branches(self) -> None:
+        before = self.editor.count
+        pending = list(self.graph.by_op["If"])[::-1]  # a branch may hold further ones
+        while pending:
+            node = pending.pop()
+            if node in node.scope.nodes:
+                branch.inline(self.editor, "constant_branch", node)
+        if self.editor.count > before:
+            self._forget()
 
     def _forget(self) -> None:
         """A graph that says less about its sizes may say more about them: facts are found anew."""
@@ -85,48 +88,100 @@ class Simplifier:
 
     def _visit(self, scope: Scope, table: common.Table) -> None:
         merging = "common_subexpression" in self.rules
-        if merging:
-            for value in [value for value in scope.values.values() if value.tensor is not None]:
+        for value in [value for value in scope.values.values() if value.tensor is not None]:
+            self._count(value)
+            if merging:
                 self._merge_constant(value, table)
-        settling = "constant_node" in self.rules
         for node in in_order(scope):
             if node not in scope.nodes:
                 continue
             if node.key == "Constant":
-                if settling:
-                    self._settle(node)
-                if merging and node.outputs[0] is not None:
-                    self._merge_constant(node.outputs[0], table)
+                self._visit_constant(node, table)
                 continue
             for body in node.bodies:
                 self._visit(body, common.Table(table))
-            while any(step(node) for step in self._steps) and node in scope.nodes:
-                pass
-            if merging and node in scope.nodes:
-                self._merge(node, table)
+            steps = self._steps.get(node.key)
+            if steps is None:
+                steps = self._steps[node.key] = self._steps_of(node.key)
+            for step in steps:
+                if step(node) and node not in scope.nodes:
+                    break
+            else:
+                if merging:
+                    self._merge(node, table)
+
+    def _steps_of(self, key: str) -> tuple[Step, ...]:
+        """The rules that an operator may fall under, in order."""
+        steps: list[tuple[str, bool, Step]] = [
+            ("identity", key in identity.RULES, self._pass_on),
+            ("collapse", key in collapse.OPERATORS, self._collapse),
+            ("constant_folding", key in folding.INTEGERS, self._fold_integers),
+            ("constant_folding", key in folding.OPERATORS, self._fold),
+            ("constant_sizes", key in sizes.SLOTS, self._settle_sizes),
+        ]
+        return tuple(step for name, serves, step in steps if serves and name in self.rules)
+
+    def _visit_constant(self, node: Node, table: common.Table) -> None:
+        value = node.outputs[0]
+        if value is None:
+            return
+        if "constant_node" in self.rules:
+            self._settle(value)
+        self._count(value)
+        if "common_subexpression" in self.rules:
+            self._merge_constant(value, table)
+
+    def _count(self, value: Value) -> None:
+        """Note a constant whose elements facts may know as integers."""
+        if self.facts.integers(value) is not None:
+            self._counted.add(value)
+
+    def _is_counted(self, node: Node) -> bool:
+        """Whether facts may know integers of a node's output: only from known ones, or from a shape."""
+        if node.key not in folding.INTEGERS or len(node.outputs) != 1:
+            return False
+        if node.key in folding.SOURCES or not self._counted.isdisjoint(node.inputs):
+            output = node.outputs[0]
+            if output is not None and self.facts.integers(output) is not None:
+                self._counted.add(output)
+                return True
+        return False
+
+    def _forward(self, rule: str, old: Value, new: Value) -> bool:
+        """Let one value stand for another; what was the only reader of either is equal to others from now on."""
+        if not self.editor.forward(rule, old, new):
+            return False
+        for value in (old, new):
+            node, table = self._single.pop(value, (None, None))
+            if node is not None and table is not None and node in node.scope.nodes and is_mergeable(node):
+                table.node(common.node_key(node), node)
+        if new in self._counted:
+            self._counted.add(old)  # an output keeps its name
+        return True
 
     def _pass_on(self, node: Node) -> bool:
         result, same = node.outputs[0], identity.same_value(self.facts, node)
-        return result is not None and same is not None and self.editor.forward("identity", result, same)
+        return result is not None and same is not None and self._forward("identity", result, same)
 
     def _collapse(self, node: Node) -> bool:
         result, same = node.outputs[0], collapse.undone(self.facts, node)
-        if result is not None and same is not None and self.editor.forward("collapse", result, same):
+        if result is not None and same is not None and self._forward("collapse", result, same):
             return True
         return collapse.merged(self.editor, "collapse", node)
 
+    def _fold_integers(self, node: Node) -> bool:
+        return self._is_counted(node) and folding.integers(self.editor, "constant_folding", node)
+
     def _fold(self, node: Node) -> bool:
-        name = "constant_folding"
-        return folding.integers(self.editor, name, node) or folding.fold(self.editor, name, node)
+        return folding.fold(self.editor, "constant_folding", node)
 
     def _settle_sizes(self, node: Node) -> bool:
         return sizes.settle_sizes(self.editor, "constant_sizes", node)
 
-    def _settle(self, node: Node) -> None:
+    def _settle(self, value: Value) -> None:
         """A Constant node as an initializer, where there can be one."""
-        value = node.outputs[0]
-        stored = None if value is None else constants.stored(value)
-        if value is None or stored is None or self.editor.is_held(value):
+        stored = constants.stored(value)
+        if stored is None or self.editor.is_held(value):
             return
         if not isinstance(stored, TensorProto):
             array = constants.payload(self.graph, value)
@@ -139,18 +194,22 @@ class Simplifier:
         key = common.constant_key(self.facts, value)
         found = None if key is None else table.value(key, value)
         if found is not None:
-            self.editor.forward("common_subexpression", value, found)
+            self._forward("common_subexpression", value, found)
 
     def _merge(self, node: Node, table: common.Table) -> None:
-        known = common.integer_key(self.facts, node)
-        if known is not None:
-            output = node.outputs[0]
-            assert output is not None
-            same = table.value(known, output)
-            if same is not None and self.editor.forward("common_subexpression", output, same):
+        output = node.outputs[0] if node.outputs else None
+        if output is not None and self._is_counted(node):
+            known = common.integer_key(self.facts, output)
+            same = None if known is None else table.value(known, output)
+            if same is not None and self._forward("common_subexpression", output, same):
                 return
-        key = common.node_key(node)
-        found = None if key is None else table.node(key, node)
+        first = node.input(0)
+        if first is not None and len(first.uses) == 1:
+            self._single[first] = node, table
+            return
+        if not is_mergeable(node):
+            return
+        found = table.node(common.node_key(node), node)
         if found is None or len(found.outputs) < len(node.outputs):
             return
         pairs = list(zip(node.outputs, found.outputs, strict=False))
@@ -158,4 +217,4 @@ class Simplifier:
             return
         for mine, other in pairs:
             if mine is not None and other is not None and (mine.uses or mine.is_output):
-                self.editor.forward("common_subexpression", mine, other)
+                self._forward("common_subexpression", mine, other)

@@ -17,7 +17,7 @@ from fusion.facts.pieces import cut, slice_bounds
 from fusion.graph import Node
 from fusion.simplify.edits import Editor
 
-INTEGERS = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32}
+INTEGERS: dict[int | None, type[np.int64] | type[np.int32]] = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32}
 
 
 def reshape_target(want: Sequence[Dim], have: Sequence[Dim], given: Sequence[Dim | None] = ()) -> list[int] | None:
@@ -70,12 +70,12 @@ def expand_target(want: Sequence[Dim], have: Sequence[Dim]) -> list[int] | None:
 
 def settle_sizes(editor: Editor, rule: str, node: Node) -> bool:
     """Let a Reshape, Expand or Slice read a constant where it reads computed sizes."""
-    slot = _SLOTS.get(node.key)
+    slot = SLOTS.get(node.key)
     sizes = None if slot is None else node.input(slot)
     if slot is None or sizes is None or sizes.producer is None or editor.facts.is_constant(sizes):
         return False
     items = _items(editor.facts, node)
-    dtype = INTEGERS.get(editor.facts.dtype(sizes) or 0)
+    dtype = INTEGERS.get(editor.facts.dtype(sizes))
     if items is None or dtype is None:
         return False
     limits = np.iinfo(dtype)
@@ -84,7 +84,8 @@ def settle_sizes(editor: Editor, rule: str, node: Node) -> bool:
     return True
 
 
-_SLOTS = {"Reshape": 1, "Expand": 1, "Slice": 2}
+SLOTS = {"Reshape": 1, "Expand": 1, "Slice": 2}
+"""Where operators read sizes."""
 
 
 def _items(facts: Facts, node: Node) -> list[int] | None:
