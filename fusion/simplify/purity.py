@@ -49,11 +49,11 @@ class Removable:
     """
 
     def __init__(self, graph: Graph) -> None:
-        self._functions: dict[tuple[str, str], Scope] = {}
+        self._functions: dict[tuple[str, str], list[Scope]] = {}  # overloads share a name
         for scope in graph.scopes:
             proto = scope.proto
             if scope.owner is None and scope is not graph.main:
-                self._functions[proto.domain, proto.name] = scope
+                self._functions.setdefault((proto.domain, proto.name), []).append(scope)
         self._known: dict[Scope, bool] = {}
 
     def __call__(self, node: Node) -> bool:
@@ -62,7 +62,7 @@ class Removable:
         if node.domain in KNOWN and not self._functions:
             return True
         called = self._functions.get((node.domain, node.op))
-        return node.domain in KNOWN if called is None else self._is_pure(called)
+        return node.domain in KNOWN if called is None else all(map(self._is_pure, called))
 
     def _is_pure(self, scope: Scope) -> bool:
         known = self._known.get(scope)
