@@ -21,6 +21,7 @@ from fusion.language import Pattern
 from fusion.model import load, save
 from fusion.report import Report, table
 from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
+from fusion.simplify import GROUP, RULES, Simplifier
 from fusion.state import Miss
 from fusion.targets import Target, target_named
 from fusion.verdict import Verdict
@@ -29,6 +30,8 @@ NEAR_MISSES = 16
 """How many anchors of one pattern a run explains; `why` explains all."""
 SHOWN = 12
 """How many near misses a table shows; the JSON has all."""
+ROUNDS = 4
+"""Upper bound of how often fusing and simplifying take turns; the second round rarely finds anything."""
 
 
 @dataclass(slots=True)
@@ -175,13 +178,14 @@ def optimize(
     with paused_collection():
         with timed("load"):
             aim = target_named(target)
-            chosen = _chosen(patterns, aim)
+            chosen, rules = _chosen(patterns, aim)
             model = load(source)
         with timed("index"):
             graph = Graph(model)
             before = sum(1 for _ in graph.nodes())
         rewriter = Rewriter(graph, chosen, aim, check=check)
-        outcome = rewriter.run()
+        outcome = rewriter.outcome
+        timings["simplify"] = _rewrite(rewriter, Simplifier(graph, rewriter.facts, rules, outcome.rewritten))
         timings.update(outcome.seconds)
         with timed("explain"):
             near = [*outcome.near, *_explained(rewriter, NEAR_MISSES, {miss.root for miss in outcome.near})]
@@ -214,9 +218,34 @@ def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort
     return Explanation(places)
 
 
+def _rewrite(rewriter: Rewriter, simplifier: Simplifier) -> float:
+    """Fuse and simplify until neither changes anything; return the seconds that simplifying took.
+
+    Fusions come first: what they replace need not be simplified, and they see weights as the exporter wrote them.
+    """
+    seconds = 0.0
+    rewriter.run()
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        changed = simplifier.run()
+        seconds += time.perf_counter() - started
+        if not changed:
+            break
+        fused = len(rewriter.outcome.rewritten)
+        rewriter.forget()
+        rewriter.run()
+        if len(rewriter.outcome.rewritten) == fused:
+            break
+    rewriter.run(last=True)
+    return seconds
+
+
 def _rewriter(source: Any, patterns: Iterable[Pattern | str] | None, target: str) -> Rewriter:
     aim = target_named(target)
-    return Rewriter(Graph(load(source)), _chosen(patterns, aim), aim)
+    chosen, rules = _chosen(patterns, aim)
+    if rules and patterns is not None:
+        raise PatternError(f"{', '.join(rules)}: a simplification has no formula to look for")
+    return Rewriter(Graph(load(source)), chosen, aim)
 
 
 def _matches(rewriter: Rewriter) -> list[Place]:
@@ -254,19 +283,26 @@ def library() -> dict[str, Pattern]:
     return registry
 
 
-def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> Sequence[Pattern]:
-    """The patterns asked for; of the library, where nothing is asked for, those that can be written for the target."""
+def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> tuple[Sequence[Pattern], Sequence[str]]:
+    """The patterns asked for, and the names of the simplifications.
+
+    Where nothing is asked for: of the library those that can be written for the target, and all simplifications.
+    """
     known = library()
     if patterns is None:
-        return [pattern for pattern in known.values() if aim.name in pattern.targets]
+        return [pattern for pattern in known.values() if aim.name in pattern.targets], list(RULES)
     chosen: list[Pattern] = []
+    rules: list[str] = []
     for pattern in patterns:
         if isinstance(pattern, Pattern):
             chosen.append(pattern)
         elif pattern in known:
             chosen.append(known[pattern])
+        elif pattern in RULES or pattern == GROUP:
+            rules.extend(RULES if pattern == GROUP else [pattern])
         else:
-            close = difflib.get_close_matches(pattern, known, n=1)
+            names = [*known, GROUP, *RULES]
+            close = difflib.get_close_matches(pattern, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
-            raise PatternError(f"there is no pattern {pattern!r}{hint} Known: {', '.join(known)}")
-    return chosen
+            raise PatternError(f"there is no pattern {pattern!r}{hint} Known: {', '.join(names)}")
+    return chosen, rules
