@@ -7,48 +7,59 @@ import importlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
+
+from rich.console import Console
 
 from fusion.diff import Diff, diff
 from fusion.errors import FusionError, PatternError
 from fusion.explain import Explainer
 from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
-from fusion.model import Model, load, save
-from fusion.report import explanation_to_dict, print_explanation, print_result, result_to_dict
+from fusion.model import load, save
+from fusion.report import Report, table
 from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
+from fusion.simplify import GROUP, RULES, Simplifier
 from fusion.state import Miss
 from fusion.targets import Target, target_named
 from fusion.verdict import Verdict
 
 NEAR_MISSES = 16
 """How many anchors of one pattern a run explains; `why` explains all."""
+SHOWN = 12
+"""How many near misses a table shows; the JSON has all."""
+ROUNDS = 4
+"""Upper bound of how often fusing and simplifying take turns; the second round rarely finds anything."""
 
 
 @dataclass(slots=True)
-class Result:
+class Result(Report):
     """What `optimize` did.
 
     Attributes:
-        model: the rewritten model, of the kind that came in; None where it was written to a destination.
+        target: its name.
+        nodes_before, nodes_after: nodes of all scopes.
+        timings: seconds by phase.
         matches: the rewrites, in order.
         near_misses: where a pattern nearly held, and what was unmet.
-        timings: seconds by phase.
-        nodes_before, nodes_after: nodes of all scopes.
-        target: its name.
+        model: the rewritten model, of the kind that came in; None where it was written to a destination.
+        original, rewritten: what came in, and what came out or where it was written.
     """
 
-    model: Any
-    matches: list[Rewritten]
-    near_misses: list[NearMiss]
-    timings: dict[str, float]
+    target: str
     nodes_before: int
     nodes_after: int
-    target: str
-    original: Any = field(default=None, repr=False)
-    rewritten: Any = field(default=None, repr=False)
+    timings: dict[str, float]
+    matches: list[Rewritten]
+    near_misses: list[NearMiss]
+    model: Any = field(repr=False)
+    original: Any = field(repr=False)
+    rewritten: Any = field(repr=False)
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("counts",)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -60,13 +71,34 @@ class Result:
         """The structural difference between what came in and what came out."""
         return diff(self.original, self.rewritten)
 
-    def print(self) -> None:
-        """Print a table of what was fused and what nearly was."""
-        print_result(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-ready data."""
-        return result_to_dict(self)
+    def show(self, out: Console) -> None:
+        """Print what was fused, the time it took, what was checked, and the near misses."""
+        title = f"fused for {self.target}"
+        fused = table("pattern", ">count", "written as", ">nodes replaced", title=title, boxed=True)
+        for pattern, count in self.counts.items():
+            members = [match for match in self.matches if match.pattern == pattern]
+            operators = dict.fromkeys(op.replace("::", ".") for match in members for op in match.operators)
+            replaced = sum(len(match.replaced) for match in members)
+            fused.add_row(pattern, str(count), ", ".join(operators), str(replaced))
+        out.print(fused if self.matches else "nothing was fused", markup=False)
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items() if seconds >= 0.005)
+        took = f"{sum(self.timings.values()):.2f} s" + (f" ({phases})" if phases else "")
+        out.print(f"{self.nodes_before} nodes before, {self.nodes_after} after; {took}")
+        refused = [near for near in self.near_misses if any(miss.kind == "check" for miss in near.misses)]
+        unchecked = [match for match in self.matches if match.checked is False]
+        checked = sum(match.checked is True for match in self.matches)
+        if checked or unchecked or refused:
+            counts = {"checked": checked, "not checked": len(unchecked), "refused": len(refused)}
+            out.print(", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "checked"))
+        for match in unchecked[:SHOWN]:
+            out.print(f"not checked: {match.pattern} at {match.root}: {match.unchecked}", markup=False)
+        if self.near_misses:
+            missed = table("pattern", "at", "because", title="nearly, but not", boxed=True)
+            for near in sorted(self.near_misses, key=lambda near: near not in refused)[:SHOWN]:
+                missed.add_row(near.pattern, near.root, _because(near.misses))
+            out.print(missed, markup=False)
+        if len(self.near_misses) > SHOWN:
+            out.print(f"and {len(self.near_misses) - SHOWN} more: see `fusion why`")
 
 
 @dataclass(slots=True)
@@ -89,18 +121,24 @@ class Place:
 
 
 @dataclass(slots=True)
-class Explanation:
+class Explanation(Report):
     """Where patterns match in a model, where they nearly do, and why not."""
 
     places: list[Place]
 
-    def print(self) -> None:
+    def show(self, out: Console) -> None:
         """Print a table of the places."""
-        print_explanation(self)
+        shown = table("pattern", "at", "answer", "because", boxed=True)
+        for place in self.places:
+            because = _because(place.misses) if place.misses else f"{len(place.nodes)} nodes"
+            shown.add_row(place.pattern, place.root, place.verdict.value, because)
+        nothing = "no place in this model comes near: none of the operators it needs is there in the right company"
+        out.print(shown if self.places else nothing, markup=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same as JSON-ready data."""
-        return explanation_to_dict(self)
+
+def _because(misses: tuple[Miss, ...]) -> str:
+    unknown = " (a fact is missing)"
+    return "; ".join(dict.fromkeys(m.text + (unknown if m.verdict is Verdict.UNKNOWN else "") for m in misses))
 
 
 def optimize(
@@ -130,35 +168,37 @@ def optimize(
     """
     if when != "legal":
         raise FusionError(f"when={when!r} is unknown: only 'legal' is there (fuse what is equal and has a kernel)")
+    timings: dict[str, float] = {}
+
+    @contextmanager
+    def timed(phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        timings[phase] = time.perf_counter() - started
+
     with paused_collection():
-        timings: dict[str, float] = {}
-        started = time.perf_counter()
-        aim = target_named(target)
-        chosen = _chosen(patterns, aim)
-        model = load(source)
-        timings["load"] = time.perf_counter() - started
-        started = time.perf_counter()
-        graph = Graph(model)
-        before = sum(1 for _ in graph.nodes())
-        timings["index"] = time.perf_counter() - started
+        with timed("load"):
+            aim = target_named(target)
+            chosen, rules = _chosen(patterns, aim)
+            model = load(source)
+        with timed("index"):
+            graph = Graph(model)
+            before = sum(1 for _ in graph.nodes())
         rewriter = Rewriter(graph, chosen, aim, check=check)
-        outcome = rewriter.run()
+        outcome = rewriter.outcome
+        timings["simplify"] = _rewrite(rewriter, Simplifier(graph, rewriter.facts, rules, outcome.rewritten))
         timings.update(outcome.seconds)
-        started = time.perf_counter()
-        near = list(outcome.near)
-        near.extend(_explained(Explainer(rewriter), NEAR_MISSES, {miss.root for miss in near}))
-        timings["explain"] = time.perf_counter() - started
+        with timed("explain"):
+            known = {miss.root for miss in outcome.near}
+            near = [*outcome.near, *_explained(Explainer(rewriter), NEAR_MISSES, known)]
         after = sum(1 for _ in graph.nodes())
-        started = time.perf_counter()
-        graph.commit()
-        written = None
-        if destination is not None:
-            save(model, destination)
-        else:
-            written = model.export()
-        timings["save"] = time.perf_counter() - started
-    rewritten = destination if destination is not None else written
-    return Result(written, outcome.rewritten, near, timings, before, after, aim.name, source, rewritten)
+        with timed("save"):
+            graph.commit()
+            if destination is not None:
+                save(model, destination)
+            written = None if destination is not None else model.export()
+    rewritten = written if destination is None else destination
+    return Result(aim.name, before, after, timings, outcome.rewritten, near, written, source, rewritten)
 
 
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:
@@ -182,9 +222,34 @@ def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort
     return Explanation(places)
 
 
+def _rewrite(rewriter: Rewriter, simplifier: Simplifier) -> float:
+    """Fuse and simplify until neither changes anything; return the seconds that simplifying took.
+
+    Fusions come first: what they replace need not be simplified, and they see weights as the exporter wrote them.
+    """
+    seconds = 0.0
+    rewriter.run()
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        changed = simplifier.run()
+        seconds += time.perf_counter() - started
+        if not changed:
+            break
+        fused = len(rewriter.outcome.rewritten)
+        rewriter.forget()
+        rewriter.run()
+        if len(rewriter.outcome.rewritten) == fused:
+            break
+    rewriter.run(last=True)
+    return seconds
+
+
 def _rewriter(source: Any, patterns: Iterable[Pattern | str] | None, target: str) -> Rewriter:
-    aim: Target = target_named(target)
-    return Rewriter(Graph(load(source)), _chosen(patterns, aim), aim)
+    aim = target_named(target)
+    chosen, rules = _chosen(patterns, aim)
+    if rules and patterns is not None:
+        raise PatternError(f"{', '.join(rules)}: a simplification has no formula to look for")
+    return Rewriter(Graph(load(source)), chosen, aim)
 
 
 def _matches(rewriter: Rewriter, explainer: Explainer) -> list[Place]:
@@ -205,6 +270,8 @@ def _explained(explainer: Explainer, limit: int | None, known: set[str]) -> list
     """The nearest misses around anchors; with a limit, only around so many that are of the pattern."""
     found: dict[tuple[str, str], NearMiss] = {}
     for plan in explainer.rewriter.plans:
+        if limit is not None and plan.pattern.is_last:
+            continue  # any product is nearly one of these
         for anchor in explainer.anchors(plan) if limit is None else explainer.rewriter.anchors(plan)[:limit]:
             for near in explainer.explain(plan, anchor):
                 key = (near.pattern, near.root)
@@ -219,22 +286,26 @@ def library() -> dict[str, Pattern]:
     return registry
 
 
-def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> Sequence[Pattern]:
-    """The patterns asked for; of the library, where nothing is asked for, those that can be written for the target."""
+def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> tuple[Sequence[Pattern], Sequence[str]]:
+    """The patterns asked for, and the names of the simplifications.
+
+    Where nothing is asked for: of the library those that can be written for the target, and all simplifications.
+    """
     known = library()
     if patterns is None:
-        return [pattern for pattern in known.values() if aim.name in pattern.targets]
+        return [pattern for pattern in known.values() if aim.name in pattern.targets], list(RULES)
     chosen: list[Pattern] = []
+    rules: list[str] = []
     for pattern in patterns:
         if isinstance(pattern, Pattern):
             chosen.append(pattern)
         elif pattern in known:
             chosen.append(known[pattern])
+        elif pattern in RULES or pattern == GROUP:
+            rules.extend(RULES if pattern == GROUP else [pattern])
         else:
-            close = difflib.get_close_matches(pattern, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise PatternError(f"there is no pattern {pattern!r}{hint} Known: {', '.join(known)}")
-    return chosen
-
-
-__all__ = ["Explanation", "Model", "Place", "Result", "find", "library", "optimize", "why"]
+            names = [*known, GROUP, *RULES]
+            close = difflib.get_close_matches(pattern, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise PatternError(f"there is no pattern {pattern!r}{hint} Known: {', '.join(names)}")
+    return chosen, rules

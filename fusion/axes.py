@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fusion.dims import Dim, product
 from fusion.language import ELLIPSIS, Dims, letters_of
-from fusion.layout import Layout
+from fusion.layout import Axis, Layout
+from fusion.plan import Plan
+from fusion.radix import digits
 from fusion.state import Context, State
 from fusion.terms import Ref
 from fusion.view import View
@@ -16,25 +17,57 @@ class Axes:
     """The letters of a result over the coordinate axes of one root.
 
     Args:
-        dims: the axes of the result.
+        plan: whose result.
     """
 
-    def __init__(self, dims: Dims) -> None:
-        self.dims = dims
-        self.grouped = any(isinstance(token, tuple) for token in dims)
+    def __init__(self, plan: Plan) -> None:
+        self.dims = plan.dims
+        self.inner = plan.inner
         self.rank = 0
 
     def split(self, root: Ref, view: View) -> Iterator[tuple[Ref, dict[str, tuple[int, ...]]]]:
-        """Give the result's letters their coordinate axes; a group `(H E)` is split where the layout has a seam."""
-        dims = self.dims
-        if not self.grouped:
+        """Give the result's letters their coordinate axes.
+
+        A result with merged axes, such as `B S (H E)`, is matched in the coordinates of what it rearranges, cut where
+        the root's own layout has a seam: the root may lie in any order and grouping of these axes.
+        """
+        if not self.inner:
             yield root, {}
             return
-        if len(dims) != len(root.layout.axes):
+        peeled = view.peel(root).ref
+        axes: list[Axis] = []
+        for axis, dim in enumerate(peeled.layout.source):
+            own = [factor for factors in peeled.layout.axes for factor in factors if factor[0] == axis]
+            cut = digits(own, dim) if dim != 1 else []
+            if cut is None or peeled.layout.offsets[axis] != 0:
+                return
+            axes.extend((factor,) for factor in cut) if cut else axes.append(())
+        if any(factor[0] is None for factors in peeled.layout.axes for factor in factors):
             return
-        source = view.peel(root).ref
-        for layout, letters in _split_groups(source.layout, dims, 0, 0):
-            yield Ref(source.value, layout), letters
+        ref = Ref(peeled.value, Layout(tuple(axes), peeled.layout.offsets, peeled.layout.source))
+        for letters in self._lettered(axes, peeled.layout):
+            yield ref, letters
+
+    def _lettered(self, axes: list[Axis], root: Layout) -> Iterator[dict[str, tuple[int, ...]]]:
+        """The inner letters for these axes: the last two as they lie or swapped, the others in the order they have.
+
+        Where there are more axes than letters, those that the root merges with the last letter are of its group, and
+        all others the first one's; where there are fewer, a letter without axes is of size 1.
+        """
+        *front, row, last = self.inner
+        count = len(axes) - 2
+        if count < 0:
+            return
+        for at, over in ((count, count + 1), (count + 1, count)):
+            merged = next((factors for factors in root.axes if axes[over] and axes[over][0] in factors), ())
+            beside = [axis for axis in range(count) if axes[axis] and axes[axis][0] in merged]
+            inner = [count - 1] if count > 1 else []
+            for group in [beside, inner] if beside and beside != inner else [inner]:
+                letters: dict[str, tuple[int, ...]] = dict.fromkeys(front, ())
+                if front:
+                    letters[front[-1]] = tuple(group)
+                    letters[front[0]] = tuple(axis for axis in range(count) if axis not in group)
+                yield {**letters, row: (at,), last: (over,)}
 
     def positions(self, letter: str, context: Context, state: State) -> tuple[int, ...]:
         """Coordinate axes of a letter; one still free takes its place in the result, counted from the right."""
@@ -69,13 +102,15 @@ class Axes:
             start = len(order)
             for letter in (token,) if isinstance(token, str) else token:
                 axes = self.positions(letter, context, state)
+                if letter not in context and letter not in state.letters:
+                    return f"no axis is left for {letter}"
                 order.extend(axes)
                 if letter == ELLIPSIS or letter in loose:
                     continue
                 for axis in axes:
                     if not layout.depends(axis) and layout.shape[axis] != 1:
                         return f"it is broadcast over {letter}"
-            if not isinstance(token, str):
+            if not isinstance(token, str) or (self.inner and len(order) != start + 1):
                 spans.append((start, len(order)))
         for axis in range(len(layout.axes)):
             if axis not in order and layout.depends(axis):
@@ -84,37 +119,6 @@ class Axes:
         for start, stop in reversed(spans):
             viewed = viewed.merge(start, stop)
         return viewed
-
-
-def _split_groups(
-    layout: Layout, dims: Dims, token_index: int, axis: int
-) -> Iterator[tuple[Layout, dict[str, tuple[int, ...]]]]:
-    if token_index == len(dims):
-        yield layout, {}
-        return
-    token = dims[token_index]
-    if isinstance(token, str):
-        for following, letters in _split_groups(layout, dims, token_index + 1, axis + 1):
-            yield following, {token: (axis,), **letters}
-        return
-    sizes = [size for _, _, size in layout.axes[axis]]
-    for cut in _cuts(sizes, len(token)):
-        split = layout.split(axis, cut)
-        if split is None:
-            continue
-        for following, letters in _split_groups(split, dims, token_index + 1, axis + len(token)):
-            yield following, {**{letter: (axis + i,) for i, letter in enumerate(token)}, **letters}
-
-
-def _cuts(sizes: list[Dim], parts: int) -> Iterator[list[Dim]]:
-    """Ways to cut a list of factors into `parts` groups, groups of one or more first."""
-    if parts == 1:
-        yield [product(sizes)]
-        return
-    starts = [*range(1, len(sizes) + 1), 0]
-    for start in starts:
-        for others in _cuts(sizes[start:], parts - 1):
-            yield [product(sizes[:start]), *others]
 
 
 def _around_ellipsis(letters: tuple[str, ...]) -> tuple[list[str], bool, list[str]]:

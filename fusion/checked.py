@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from onnx import ModelProto, helper
+from onnx import helper
 
 from fusion.apply import apply
 from fusion.compare import compare, epsilon, is_float
@@ -23,6 +23,7 @@ from fusion.cut import Cut, Unchecked, cut
 from fusion.dims import Poly, evaluate, symbols
 from fusion.emit import Found, New, NewNode, Unmet
 from fusion.facts import Facts
+from fusion.feeds import mask
 from fusion.graph import Graph, Node, Value
 from fusion.region import sources
 from fusion.runtime import ONNXRUNTIME, REFERENCE, Refused, Session
@@ -39,8 +40,9 @@ ATTEMPTS = 32
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29)
 GROWTH = 10
 """How often sizes are doubled where a dimension computed from them, as behind convolutions, would be empty."""
-RANDOM, ROWS, LARGE, ZEROS = KINDS = ("random", "tiny to large", "large", "zero")
-"""Kinds of inputs, as a message names them."""
+RANDOM, ROWS, LARGE, ZEROS = "random", "tiny to large", "large", "zero"
+MASKS = {RANDOM: "holes", ROWS: "holes", LARGE: "empty row", ZEROS: "full"}
+"""Kinds of inputs, as a message names them, and what of `feeds.MASKS` masks are then."""
 PLAIN = 1e4
 """Magnitude from which a number is a mask's fill, and no input that may be off by a digit."""
 MISSING = ("could not find an implementation", "not a registered")
@@ -88,7 +90,7 @@ class Run:
     """One set of inputs, and what the original gave.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: of `MASKS`.
         sizes: of the symbolic dimensions.
         results: by name of the output.
         slack: factor on the allowed error, from how far the last digits of the inputs move the results.
@@ -128,7 +130,7 @@ class Trial:
         names = list(dict.fromkeys(name for dim in self.dims for name in symbols(dim)))
         sizes = self._sizes(names)
         ones = self._grown(dict.fromkeys(names, 1))
-        runs = [self._run(kind, sizes) for kind in KINDS]
+        runs = [self._run(kind, sizes) for kind in MASKS]
         if ones != sizes:
             runs.append(self._run(RANDOM, ones))
         self.runs = [run for run in runs if run is not None]
@@ -144,12 +146,17 @@ class Trial:
         for name, value in after.inputs.items():
             if name not in self.before.inputs and name not in after.asked and value not in stops:
                 raise Unchecked(f"the new nodes read {name}, which the old ones do not")
+        session: Session | None = None
+        try:
+            session = Session(after.model)
+            refusal = session.refusal
+        except Refused as error:
+            refusal = str(error)
         native = self.session.engine == ONNXRUNTIME
-        session, refusal = _loaded(after.model)
-        is_missing = any(text in refusal.lower() for text in MISSING)
-        if session is None and (is_missing or not native):
+        missing = any(text in refusal.lower() for text in MISSING)
+        if session is None and (missing or not native):
             raise Unchecked(f"nothing here runs what was written: {refusal}")
-        if session is None or (refusal and native and not is_missing):
+        if session is None or (refusal and native and not missing):
             return f"onnxruntime refuses what was written: {refusal}"
         for run in self.runs:
             feeds = self._feeds(after, run.kind, run.sizes)
@@ -231,17 +238,17 @@ class Trial:
         dtype = helper.tensor_dtype_to_np_dtype(code)
         if dtype.kind in "cO":
             raise Unchecked(f"{value.name} holds neither real numbers nor truth values")
-        rng = np.random.default_rng([KINDS.index(kind), zlib.crc32(value.name.encode())])
+        rng = np.random.default_rng([list(MASKS).index(kind), zlib.crc32(value.name.encode())])
         known = self.facts.integers(value) if not is_float(dtype) else None
         if known is not None and list(known.shape) == shape:
             items = [None if item is None else evaluate(item, sizes) for item in known.items]
             return np.array([0 if item is None else item for item in items]).reshape(shape).astype(dtype)
         if not is_float(dtype):
-            return _chosen(rng, kind, shape).astype(dtype)
+            return mask(shape, MASKS[kind], rng).astype(dtype)
         finest = ml_dtypes.finfo(dtype)
         if value in self.masks and kind != RANDOM:
             fill = -np.inf if kind == ROWS else float(finest.min)
-            return np.where(_chosen(rng, kind, shape), 0.0, fill).astype(dtype)
+            return np.where(mask(shape, MASKS[kind], rng), 0.0, fill).astype(dtype)
         numbers = rng.standard_normal(shape)
         if kind == ZEROS:
             numbers = np.copysign(0.0, numbers)
@@ -249,21 +256,8 @@ class Trial:
             numbers *= 8.0 if float(finest.max) < 1e6 else 30.0  # squares stay finite
         elif kind == ROWS:
             rows = [*shape[:-1], 1][: len(shape)]
-            magnitudes = np.maximum(np.resize(self.magnitudes, rows), 16.0 * float(finest.tiny))
-            numbers *= magnitudes
+            numbers *= np.maximum(np.resize(self.magnitudes, rows), 16.0 * float(finest.tiny))
         return numbers.astype(dtype)
-
-
-def _chosen(rng: np.random.Generator, kind: str, shape: Sequence[int]) -> Array:
-    """Positions that are seen: some, all but those of whole rows, or all."""
-    seen = np.ones(shape, bool) if kind == ZEROS else rng.random(shape) < 0.6
-    if seen.ndim and seen.size:
-        rows = seen.reshape(-1, seen.shape[-1])
-        rows[:, 0] = True
-        if kind == LARGE:
-            rows[0] = False
-            rows[1:2] = True
-    return seen
 
 
 def _shaken(array: Array) -> Array:
@@ -274,12 +268,3 @@ def _shaken(array: Array) -> Array:
     with np.errstate(invalid="ignore"):
         wide = array.astype(np.float64)
         return np.where(np.abs(wide) < PLAIN, wide * (1.0 + signs), wide).astype(array.dtype)
-
-
-def _loaded(model: ModelProto) -> tuple[Session | None, str]:
-    """What runs a model, and why that is not onnxruntime, or nothing."""
-    try:
-        session = Session(model)
-    except Refused as refusal:
-        return None, str(refusal)
-    return session, session.refusal

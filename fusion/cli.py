@@ -11,20 +11,20 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from fusion import api
 from fusion.demo import demonstrate
 from fusion.diff import diff as diff_models
 from fusion.errors import FusionError
+from fusion.report import Report, plain, table
+from fusion.simplify import RULES
 from fusion.verify import verify as verify_models
 
 DIFFERENT, FAILED = 1, 2
@@ -162,17 +162,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run the same inputs through two models and compare every output. Exit code 1 where they differ."""
-    with _bar(f"verifying {b.name}") as progress:
+    sizes = _sizes(size or [])
+    with _busy(f"verifying {b.name}") as progress:
         report = verify_models(
-            a,
-            b,
-            inputs=inputs,
-            runs=runs,
-            sizes=_sizes(size or []),
-            rtol=rtol,
-            atol=atol,
-            optimized=optimized,
-            progress=progress,
+            a, b, inputs=inputs, runs=runs, sizes=sizes, rtol=rtol, atol=atol, optimized=optimized, progress=progress
         )
     _show(report, as_json)
     if not report.equal:
@@ -181,21 +174,17 @@ def verify(
 
 @app.command(epilog=_example("fusion patterns", "fusion patterns --json"))
 def patterns(as_json: AsJson = False) -> None:
-    """List the patterns of the library: what each one computes, for which targets, and where it is written."""
-    known = import_module("fusion.patterns").registry().values()
+    """List the patterns of the library and the simplifications: what, for which targets, and where."""
+    known = [*api.library().values(), *RULES.values()]
     if as_json:
         fields = ("name", "doc", "targets", "path", "line")
-        _print_json([{f: _plain(getattr(p, f)) for f in fields} for p in known])
+        _print_json([{f: plain(getattr(p, f)) for f in fields} for p in known])
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("pattern", no_wrap=True)
-    table.add_column("what it computes", overflow="fold")
-    table.add_column("targets")
-    table.add_column("written in", no_wrap=True)
+    shown = table("pattern", "what it computes", "targets", "written in")
     for p in known:
         line = next(iter((p.doc or "").strip().splitlines()), "")
-        table.add_row(p.name, line, ", ".join(p.targets), f"{Path(p.path).name}:{p.line}")
-    Console().print(table, markup=False)
+        shown.add_row(p.name, line, ", ".join(p.targets), f"{Path(p.path).name}:{p.line}")
+    Console().print(shown, markup=False)
 
 
 @app.command(epilog=_example("fusion demo", "fusion demo --output somewhere"))
@@ -209,7 +198,7 @@ def demo(
         raise typer.Exit(DIFFERENT)
 
 
-def _show(result: Any, as_json: bool) -> None:
+def _show(result: Report, as_json: bool) -> None:
     if as_json:
         _print_json(result.to_dict())
     else:
@@ -218,10 +207,6 @@ def _show(result: Any, as_json: bool) -> None:
 
 def _print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int) else list(value)
 
 
 def _sizes(given: list[str]) -> dict[str, int] | None:
@@ -235,22 +220,10 @@ def _sizes(given: list[str]) -> dict[str, int] | None:
 
 
 @contextmanager
-def _busy(what: str) -> Iterator[None]:
+def _busy(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Say on a terminal what takes so long; what is given sets how much of it is done."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield
-        return
-    with console.status(what):
-        yield
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -7,8 +7,9 @@ another order moves small elements by rounding errors of the large ones. NaN and
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -74,7 +75,28 @@ def compare(
     Returns:
         The comparison; never raises on data.
     """
-    return _Judge(dtype, rtol, atol or 0.0, slack).structures(expected, got)
+
+    def judge(a: Any, b: Any) -> Comparison:
+        return compare(a, b, dtype, rtol=rtol, atol=atol, slack=slack)
+
+    if isinstance(expected, Mapping) and isinstance(got, Mapping):
+        if expected.keys() != got.keys():
+            return _unlike(f"keys {sorted(map(str, expected))} became {sorted(map(str, got))}")
+        pairs = {f"[{key!r}]": judge(value, got[key]) for key, value in expected.items()}
+    elif isinstance(expected, list | tuple) and isinstance(got, list | tuple):
+        if len(expected) != len(got):
+            return _unlike(f"a sequence of {len(expected)} became one of {len(got)}")
+        pairs = {f"[{i}]": judge(a, b) for i, (a, b) in enumerate(zip(expected, got, strict=True))}
+    elif _kind(expected) != _kind(got):
+        return _unlike(f"{_kind(expected)} became {_kind(got)}")
+    elif expected is None or isinstance(expected, str | bytes):
+        return SAME if expected == got else _unlike(f"{expected!r} became {got!r}")
+    else:
+        return _arrays(np.asarray(expected), np.asarray(got), dtype, rtol, atol or 0.0, slack)
+    result = SAME
+    for place, one in pairs.items():
+        result = worse(result, replace(one, reason=f"{place}: {one.reason}") if one.reason else one)
+    return result
 
 
 def worse(first: Comparison, second: Comparison) -> Comparison:
@@ -82,14 +104,20 @@ def worse(first: Comparison, second: Comparison) -> Comparison:
     return max(first, second, key=lambda c: (not c.equal, c.error))
 
 
+@cache
 def is_float(dtype: np.dtype[Any]) -> bool:
     """Whether the type rounds: IEEE floats and complex numbers, bfloat16 and the float8 family."""
-    return dtype.kind in "fc" or _narrow(dtype)
+    try:
+        ml_dtypes.finfo(dtype)
+    except (ValueError, TypeError, KeyError):
+        return False
+    return True
 
 
+@cache
 def epsilon(dtype: np.dtype[Any]) -> float:
     """Return the distance from 1.0 to the next number of a float type."""
-    return float(ml_dtypes.finfo(dtype).eps if _narrow(dtype) else np.finfo(dtype).eps)
+    return float(ml_dtypes.finfo(dtype).eps)
 
 
 def tolerance(dtype: np.dtype[Any]) -> float:
@@ -98,94 +126,48 @@ def tolerance(dtype: np.dtype[Any]) -> float:
     return TOLERANCE_IN_EPSILONS.get(real.name, NARROW_FLOAT_IN_EPSILONS) * epsilon(dtype)
 
 
-def _narrow(dtype: np.dtype[Any]) -> bool:
-    # numpy knows the types of ml_dtypes only as opaque ones ("V"); their integers (int4) answer no finfo.
-    if dtype.kind not in "Vf" or dtype.fields:
-        return False
-    try:
-        ml_dtypes.finfo(dtype)
-    except (ValueError, TypeError, KeyError):
-        return False
-    return True
+def _unlike(reason: str) -> Comparison:
+    return Comparison(False, reason, np.inf)
 
 
-@dataclass(frozen=True, slots=True)
-class _Judge:
-    """The arguments of `compare` that stay the same on the way down into sequences and maps."""
-
-    dtype: np.dtype[Any] | None
-    rtol: float | None
-    atol: float
-    slack: float
-
-    def arrays(self, expected: Array, got: Array) -> Comparison:
-        if expected.dtype != got.dtype:
-            return Comparison(False, f"element type {expected.dtype} became {got.dtype}", np.inf)
-        if expected.shape != got.shape:
-            return Comparison(False, f"shape {list(expected.shape)} became {list(got.shape)}", np.inf)
-        if not expected.size:
-            return SAME
-        if not is_float(expected.dtype):
-            return _exactly(expected, got)
-        # The coarser of the two decides: a half-precision output of a model that computes in single stays half.
-        precision = max((d for d in (self.dtype, expected.dtype) if d is not None), key=epsilon)
-        allowed = tolerance(precision) * self.slack if self.rtol is None else self.rtol
-        return _roughly(expected, got, allowed, self.atol, epsilon(precision))
-
-    def structures(self, expected: Any, got: Any) -> Comparison:
-        """Compare sequences, maps and optional values element by element."""
-        if isinstance(expected, np.ndarray | np.generic) and isinstance(got, np.ndarray | np.generic):
-            return self.arrays(np.asarray(expected), np.asarray(got))
-        if isinstance(expected, Mapping) and isinstance(got, Mapping):
-            if expected.keys() != got.keys():
-                return Comparison(False, f"keys {sorted(map(str, expected))} became {sorted(map(str, got))}", np.inf)
-            pairs = [(f"[{key!r}]", expected[key], got[key]) for key in expected]
-        elif _is_list(expected) and _is_list(got):
-            if len(expected) != len(got):
-                return Comparison(False, f"a sequence of {len(expected)} became one of {len(got)}", np.inf)
-            pairs = [(f"[{i}]", a, b) for i, (a, b) in enumerate(zip(expected, got, strict=True))]
-        elif type(expected) is not type(got):
-            return Comparison(False, f"{_kind(expected)} became {_kind(got)}", np.inf)
-        elif expected is None or isinstance(expected, str | bytes):
-            return SAME if expected == got else Comparison(False, f"{expected!r} became {got!r}", np.inf)
-        else:
-            return self.arrays(np.asarray(expected), np.asarray(got))
-        result = SAME
-        for place, a, b in pairs:
-            one = self.structures(a, b)
-            result = worse(result, replace(one, reason=f"{place}: {one.reason}") if one.reason else one)
-        return result
-
-
-def _exactly(expected: Array, got: Array) -> Comparison:
-    differs = np.asarray(expected != got)
-    if not differs.any():
+def _arrays(
+    expected: Array, got: Array, dtype: np.dtype[Any] | None, rtol: float | None, atol: float, slack: float
+) -> Comparison:
+    if expected.dtype != got.dtype:
+        return _unlike(f"element type {expected.dtype} became {got.dtype}")
+    if expected.shape != got.shape:
+        return _unlike(f"shape {list(expected.shape)} became {list(got.shape)}")
+    if not expected.size:
         return SAME
-    where = _index(int(np.argmax(differs)), expected.shape)
+    if not is_float(expected.dtype):
+        return _differing(expected != got, expected, got, "{count} of {size} elements differ") or SAME
+    # The coarser of the two decides: a half-precision output of a model that computes in single stays half.
+    precision = max((d for d in (dtype, expected.dtype) if d is not None), key=epsilon)
+    allowed = tolerance(precision) * slack if rtol is None else rtol
+    return _roughly(expected, got, allowed, atol, epsilon(precision))
+
+
+def _differing(
+    differs: Array, a: Array, b: Array, what: str, error: float | None = None, allowed: float = 0.0
+) -> Comparison | None:
+    """The comparison where one must not be unlike the other anywhere; None where nothing `differs`."""
+    if not differs.any():
+        return None
     count = int(differs.sum())
-    reason = (
-        f"{count} of {expected.size} elements differ, first at {list(where)}: {expected[where]} became {got[where]}"
-    )
-    return Comparison(False, reason, count / expected.size, where=where)
+    where = _index(int(np.argmax(differs)), a.shape)
+    reason = f"{what.format(count=count, size=a.size)}, first at {list(where)}: {a[where]} became {b[where]}"
+    return Comparison(False, reason, count / a.size if error is None else error, tolerance=allowed, where=where)
 
 
 def _roughly(expected: Array, got: Array, allowed: float, atol: float, eps: float) -> Comparison:
     wide = np.complex128 if expected.dtype.kind == "c" else np.float64
     a, b = expected.astype(wide), got.astype(wide)
-    for name, of in (("NaN", np.isnan), ("infinity", np.isinf)):
-        mine, theirs = of(a), of(b)
-        moved = mine != theirs
-        if name == "infinity":
-            with np.errstate(invalid="ignore"):
-                moved |= mine & theirs & (a != b)
-        if moved.any():
-            where = _index(int(np.argmax(moved)), a.shape)
-            count = int(moved.sum())
-            reason = (
-                f"{name} differs in {count} of {a.size} elements, first at {list(where)}: {a[where]} became {b[where]}"
-            )
-            return Comparison(False, reason, np.inf, tolerance=allowed, where=where)
     finite = np.isfinite(a)
+    if not (finite.all() and np.isfinite(b).all()):
+        infinite = np.isinf(a) | np.isinf(b)
+        for name, moved in (("NaN", np.isnan(a) != np.isnan(b)), ("infinity", infinite & (a != b))):
+            if found := _differing(moved, a, b, name + " differs in {count} of {size} elements", np.inf, allowed):
+                return found
     magnitude = np.where(finite, np.abs(a), 0.0)
     with np.errstate(all="ignore"):
         apart = np.where(finite, np.abs(a - b), 0.0)
@@ -213,13 +195,8 @@ def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, shape))
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
 def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, np.ndarray | np.generic):
+    kinds = {type(None): "nothing", np.ndarray: "a tensor", list: "a sequence", dict: "a map"}
+    if isinstance(value, np.generic):
         return "a tensor"
-    return {"list": "a sequence", "dict": "a map"}.get(type(value).__name__, type(value).__name__)
+    return kinds.get(type(value), type(value).__name__)

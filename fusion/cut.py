@@ -50,103 +50,83 @@ def cut(graph: Graph, facts: Facts, outputs: Sequence[Value], stops: Iterable[Va
     Raises:
         Unchecked: the element type or the rank of an input is unknown, or a payload cannot be read.
     """
-    return _Cutter(graph, facts, set(stops)).run(outputs)
-
-
-class _Cutter:
-    def __init__(self, graph: Graph, facts: Facts, stops: set[Value]) -> None:
-        self.graph = graph
-        self.facts = facts
-        self.stops = stops
-        self.nodes: dict[Node, None] = {}
-        self.inputs: dict[str, Value] = {}
-        self.constants: dict[str, Array] = {}
-        self.asked: list[Value] = []
-
-    def run(self, outputs: Sequence[Value]) -> Cut:
-        for output in outputs:
-            assert output.producer is not None
-            self._collect(output.producer)
-        asked: set[str] = set()
-        while self.asked:
-            value = self.asked.pop()
-            if value.producer in self.nodes or value.name in self.inputs:
+    chosen: dict[Node, None] = {}
+    inputs: dict[str, Value] = {}
+    constants: dict[str, Array] = {}
+    asked: set[str] = set()
+    ends = set(stops)
+    shapes: list[Value] = []
+    pending = [output.producer for output in outputs if output.producer is not None]
+    while pending or shapes:
+        if pending:
+            node = pending.pop()
+            if node in chosen:
                 continue
-            if self.facts.shape(value) is None:
-                self._reach(value)
-            else:
-                self.inputs[value.name] = value
-                asked.add(value.name)
-        fed = {name: array for name, array in self.constants.items() if array.nbytes > FED}
-        weights = [numpy_helper.from_array(array, name) for name, array in self.constants.items() if name not in fed]
-        inputs = [self._declared(value) for value in self.inputs.values()]
-        inputs.extend(
-            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
-            for name, array in fed.items()
-        )
-        made = helper.make_graph(self._protos(), "cut", inputs, [self._declared(value) for value in outputs], weights)
-        versions = {"": 1, **dict.fromkeys((node.domain for node in self.nodes), 1), **outputs[0].scope.opsets}
-        shell = self.graph.model.proto
-        imports = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
-        model = helper.make_model(made, opset_imports=imports, functions=list(shell.functions))
-        model.ir_version = shell.ir_version
-        return Cut(model, self.inputs, asked, fed)
-
-    def _collect(self, last: Node) -> None:
-        """Take in a node and what it needs."""
-        stack = [last]
-        while stack:
-            node = stack.pop()
-            if node in self.nodes:
+            chosen[node] = None
+            read = [value for value in node.inputs if value is not None]
+            if node.key in ("Shape", "Size"):
+                shapes.extend(read)
                 continue
-            self.nodes[node] = None
-            for value in node.inputs:
-                if value is not None and node.key in ("Shape", "Size"):
-                    self.asked.append(value)
-                elif value is not None:
-                    stack.extend(self._behind(value))
-
-    def _reach(self, value: Value) -> None:
-        for node in self._behind(value):
-            self._collect(node)
-
-    def _behind(self, value: Value) -> list[Node]:
-        """The node that has to compute a value; none where it is a constant or becomes an input."""
-        if self.facts.is_constant(value):
-            if value.name not in self.constants:
-                self.constants[value.name] = self._payload(value)
-        elif value in self.stops or value.producer is None or value.producer.bodies or value.name in self.inputs:
-            self.inputs[value.name] = value
         else:
-            return [value.producer]
-        return []
+            value = shapes.pop()
+            if value.producer in chosen or value.name in inputs:
+                continue
+            if facts.shape(value) is not None:
+                inputs[value.name] = value
+                asked.add(value.name)
+                continue
+            read = [value]
+        for value in read:
+            if facts.is_constant(value):
+                if value.name not in constants:
+                    constants[value.name] = _payload(facts, value)
+            elif value in ends or value.producer is None or value.producer.bodies or value.name in inputs:
+                inputs[value.name] = value
+            else:
+                pending.append(value.producer)
+    fed = {name: array for name, array in constants.items() if array.nbytes > FED}
+    weights = [numpy_helper.from_array(array, name) for name, array in constants.items() if name not in fed]
+    declared = [_declared(facts, value) for value in inputs.values()]
+    declared.extend(
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in fed.items()
+    )
+    results = [_declared(facts, value) for value in outputs]
+    made = helper.make_graph(_protos(chosen, inputs), "cut", declared, results, weights)
+    versions = {"": 1, **dict.fromkeys((node.domain for node in chosen), 1), **outputs[0].scope.opsets}
+    shell = graph.model.proto
+    imports = [helper.make_opsetid(domain, version) for domain, version in versions.items()]
+    model = helper.make_model(made, opset_imports=imports, functions=list(shell.functions))
+    model.ir_version = shell.ir_version
+    return Cut(model, inputs, asked, fed)
 
-    def _payload(self, value: Value) -> Array:
-        try:
-            array = self.facts.constant(value)
-        except ModelError as error:
-            raise Unchecked(str(error)) from None
-        assert array is not None
-        return array
 
-    def _declared(self, value: Value) -> ValueInfoProto:
-        dtype = self.facts.dtype(value)
-        if dtype is None or self.facts.shape(value) is None:
-            raise Unchecked(f"the {'element type' if dtype is None else 'rank'} of {value.name} is unknown")
-        return helper.make_tensor_value_info(value.name, dtype, None)
+def _payload(facts: Facts, value: Value) -> Array:
+    try:
+        array = facts.constant(value)
+    except ModelError as error:
+        raise Unchecked(str(error)) from None
+    assert array is not None
+    return array
 
-    def _protos(self) -> list[NodeProto]:
-        before = {
-            node: [value.producer for value in node.inputs if value is not None and value.producer in self.nodes]
-            for node in self.nodes
-        }
-        protos = []
-        for node in TopologicalSorter(before).static_order():
-            proto = NodeProto()
-            proto.CopyFrom(node.proto)
-            proto.input[:] = ["" if value is None else value.name for value in node.inputs]
-            # One output of a Split may be an input of the cut while another one is computed.
-            names = ["" if value is None else value.name for value in node.outputs]
-            proto.output[:] = [f"{name} (not read)" if name in self.inputs else name for name in names]
-            protos.append(proto)
-        return protos
+
+def _declared(facts: Facts, value: Value) -> ValueInfoProto:
+    dtype = facts.dtype(value)
+    if dtype is None or facts.shape(value) is None:
+        raise Unchecked(f"the {'element type' if dtype is None else 'rank'} of {value.name} is unknown")
+    return helper.make_tensor_value_info(value.name, dtype, None)
+
+
+def _protos(nodes: dict[Node, None], inputs: dict[str, Value]) -> list[NodeProto]:
+    """The nodes in an order in which they can run, with the names that their values have now."""
+    before = {node: [v.producer for v in node.inputs if v is not None and v.producer in nodes] for node in nodes}
+    protos = []
+    for node in TopologicalSorter(before).static_order():
+        proto = NodeProto()
+        proto.CopyFrom(node.proto)
+        proto.input[:] = ["" if value is None else value.name for value in node.inputs]
+        # One output of a Split may be an input of the cut while another one is computed.
+        names = ["" if value is None else value.name for value in node.outputs]
+        proto.output[:] = [f"{name} (not read)" if name in inputs else name for name in names]
+        protos.append(proto)
+    return protos

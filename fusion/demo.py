@@ -22,7 +22,9 @@ from rich.table import Table
 
 from fusion.api import optimize
 from fusion.diff import diff
-from fusion.errors import FusionError, OutputError
+from fusion.errors import OutputError
+from fusion.report import table
+from fusion.runtime import Session
 from fusion.verify import verify
 
 STRUCTURE = "data/bert.onnx.xz"
@@ -64,7 +66,7 @@ def demonstrate(directory: Path, console: Console) -> bool:
 
     Raises:
         OutputError: the directory cannot be written.
-        FusionError: onnxruntime is not installed.
+        ModelError: nothing here runs the models.
     """
     before, after, page = (directory / name for name in ("bert.onnx", "bert.fused.onnx", "diff.html"))
     console.print("[bold]1. A BERT export[/] (3 layers, 768 wide, 12 heads; TorchScript, opset 14; made-up weights)")
@@ -75,58 +77,35 @@ def demonstrate(directory: Path, console: Console) -> bool:
         raise OutputError(f"{directory} cannot be written: {error.strerror or error}") from error
     console.print(f"   {before}, {size / 1e6:.0f} MB\n", highlight=False)
     console.print(f"[bold]2. fusion optimize {before} {after}[/]")
-    optimize(before, after).print()
+    optimize(before, after).print(console)
     console.print(f"\n[bold]3. fusion verify {before} {after}[/]")
     report = verify(before, after)
     report.print(console)
     console.print("\n[bold]4. How fast onnxruntime runs both[/] (its default session; medians of runs taken in turns)")
-    _times(before, after).print_to(console)
+    console.print(times(before, after))
     console.print(f"\n[bold]5. fusion diff {before} {after} --html {page}[/]")
     diff(before, after).to_html(page, title="BERT, before and after")
     console.print(f"   open {page} to see every rewrite", highlight=False)
     return report.equal
 
 
-class Times:
-    """Milliseconds of two models by input shape."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, float, float]] = []
-
-    def print_to(self, console: Console) -> None:
-        """Print them as a table."""
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("batch × length", "export, ms", "fused, ms", "faster"):
-            table.add_column(title, justify="right")
-        for label, before, after in self.rows:
-            table.add_row(label, f"{before:.1f}", f"{after:.1f}", f"{before / after:.2f}×")
-        console.print(table)
-
-
-def _times(before: Path, after: Path) -> Times:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise FusionError("the demonstration needs onnxruntime: pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    sessions = [
-        onnxruntime.InferenceSession(str(p), options, providers=["CPUExecutionProvider"]) for p in (before, after)
-    ]
-    times = Times()
+def times(before: Path, after: Path) -> Table:
+    """Return a table of how long both models take by input shape, in onnxruntime's default session."""
+    shown = table(">batch × length", ">export, ms", ">fused, ms", ">faster")
+    sessions = [Session(path, optimized=True, threads=0) for path in (before, after)]
     for batch, length in SHAPES:
-        slow, fast = interleaved(sessions, bert_inputs(batch, length), ROUNDS)
-        times.rows.append((f"{batch} × {length}", slow * 1e3, fast * 1e3))
-    return times
+        slow, fast = (seconds * 1e3 for seconds in interleaved(sessions, bert_inputs(batch, length), ROUNDS))
+        shown.add_row(f"{batch} × {length}", f"{slow:.1f}", f"{fast:.1f}", f"{slow / fast:.2f}×")
+    return shown
 
 
-def interleaved(sessions: Sequence[Any], feeds: Mapping[str, Any], rounds: int) -> list[float]:
+def interleaved(sessions: Sequence[Session], feeds: Mapping[str, Any], rounds: int) -> list[float]:
     """Return the median seconds of a run per session; they take turns, so that a drift of the machine hits all."""
     seconds: list[list[float]] = [[] for _ in sessions]
     for turn in range(rounds + 1):
         for session, taken in zip(sessions, seconds, strict=True):
             start = time.perf_counter()
-            session.run(None, dict(feeds))
+            session.run(feeds)
             if turn:  # the first run of each allocates
                 taken.append(time.perf_counter() - start)
     return [median(taken) for taken in seconds]

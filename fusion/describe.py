@@ -6,6 +6,17 @@ from fusion import plan as p
 from fusion.language import ELLIPSIS, Dims
 from fusion.terms import Atom, Contract, Item, Reduce, Ref, Sum
 
+WORDS: dict[type, str] = {
+    Sum: "a sum",
+    p.Mean: "a mean",
+    Reduce: "a mean",
+    p.MatMul: "a MatMul",
+    Contract: "a MatMul",
+    p.Softmax: "Softmax",
+    p.Join: "a Concat",
+    p.Concat: "a Concat",
+}
+
 
 def spell_dims(dims: Dims | None) -> str:
     return " ".join(token if isinstance(token, str) else f"({' '.join(token)})" for token in dims or (ELLIPSIS,))
@@ -18,18 +29,10 @@ def describe(atom: Atom, exponent: float = 1.0) -> str:
         text = f"{node.op}({atom.value.name})" if node is not None else atom.value.name
     elif isinstance(atom, p.Var | p.Op):
         text = atom.name
-    elif isinstance(atom, Sum):
-        text = "a sum"
-    elif isinstance(atom, p.Mean | Reduce):
-        text = "a mean"
-    elif isinstance(atom, p.MatMul | Contract):
-        text = "a MatMul"
-    elif isinstance(atom, p.Softmax):
-        text = "Softmax"
     elif isinstance(atom, p.Fused):
         text = " or ".join(atom.pattern.readers)
     else:
-        text = "a product"
+        text = WORDS.get(type(atom), "a product")
     return text if exponent == 1.0 else f"{text} ** {exponent:g}"
 
 

@@ -6,38 +6,41 @@ same values under another name. What only one model has is grouped into regions:
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from onnx import AttributeProto, ModelProto, NodeProto
 from rich.console import Console
+from rich.text import Text
 
-from fusion.diff_regions import Region, operator_name
-from fusion.diff_scopes import ScopeDiff, scopes
+from fusion.diff_regions import NodeView, Region, operator_name
+from fusion.diff_scopes import ScopeDiff, all_nodes, opsets, scopes
 from fusion.model import Model, load
+from fusion.report import Report, table
 
 LISTED = 20  # how many entries of one kind a terminal shows
+LISTED_OPERATORS = 12  # of one region
 
 
 @dataclass(slots=True)
-class Diff:
+class Diff(Report):
     """The structural difference of two models.
 
     Attributes:
-        scopes: the scopes that differ, the main graph first.
-        opsets: domain → version before and after, where they differ (None: not imported).
         operators_before, operators_after: how often each operator occurs, in all scopes.
+        opsets: domain → version before and after, where they differ (None: not imported).
+        scopes: the scopes that differ, the main graph first.
     """
 
-    scopes: list[ScopeDiff] = field(default_factory=list)
-    opsets: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)
-    operators_before: dict[str, int] = field(default_factory=dict)
-    operators_after: dict[str, int] = field(default_factory=dict)
+    operators_before: dict[str, int]
+    operators_after: dict[str, int]
+    opsets: dict[str, tuple[int | None, int | None]]
+    scopes: list[ScopeDiff]
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("nodes_before", "nodes_after")
 
     @property
     def empty(self) -> bool:
@@ -55,24 +58,16 @@ class Diff:
         return sum(self.operators_after.values())
 
     @property
+    def operators(self) -> list[tuple[str, int, int]]:
+        """The operators that do not occur as often in both models, with both numbers."""
+        before, after = self.operators_before, self.operators_after
+        both = [(op, before.get(op, 0), after.get(op, 0)) for op in sorted({**before, **after})]
+        return [row for row in both if row[1] != row[2]]
+
+    @property
     def regions(self) -> list[Region]:
         """The regions of all scopes."""
         return [region for scope in self.scopes for region in scope.regions]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data, ready for JSON; removed and added nodes are in their regions."""
-        return {
-            "nodes_before": self.nodes_before,
-            "nodes_after": self.nodes_after,
-            "operators_before": self.operators_before,
-            "operators_after": self.operators_after,
-            "opsets": {domain: list(versions) for domain, versions in self.opsets.items()},
-            "scopes": [scope.to_dict() for scope in self.scopes],
-        }
-
-    def to_json(self) -> str:
-        """Return `to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def to_html(self, path: str | os.PathLike[str], *, title: str = "Model difference", limit: int = 60) -> None:
         """Write a page that shows the regions side by side; it needs no other file.
@@ -89,11 +84,29 @@ class Diff:
 
         write(self, Path(path), title, limit)
 
-    def print(self, console: Console | None = None) -> None:
+    def show(self, out: Console) -> None:
         """Print the difference: operators, regions by kind, then what changed elsewhere."""
-        from fusion.diff_text import show
-
-        show(self, console or Console(), LISTED)
+        if self.empty:
+            out.print("no difference", style="green")
+            return
+        out.print(f"nodes {self.nodes_before} → {self.nodes_after}", style="bold", highlight=False)
+        used = {op.rpartition("::")[0] for op in {**self.operators_before, **self.operators_after}}
+        for domain, versions in self.opsets.items():
+            if None not in versions or domain in used:  # else an import that no node needs
+                words = ["not imported" if version is None else str(version) for version in versions]
+                _line(out, f"opset of {domain or 'ai.onnx'}: {' → '.join(words)}")
+        if self.operators:
+            shown = table("operator", ">before", ">after")
+            # What came in first, then what went, the largest numbers first.
+            rows = sorted(self.operators, key=lambda row: (row[1] > row[2], -abs(row[1] - row[2]), row[0]))
+            for op, before, after in rows[:LISTED]:
+                shown.add_row(op, str(before or "–"), str(after or "–"), style="green" if after > before else "")
+            out.print(shown, markup=False)
+            _more(out, len(rows) - LISTED, "operators")
+        for scope in self.scopes:
+            if len(self.scopes) > 1 or scope.name != "main":
+                out.print(Text(f"\n{scope.name}", style="bold"))
+            _show_scope(scope, out)
 
 
 def diff(a: Any, b: Any) -> Diff:
@@ -109,25 +122,56 @@ def diff(a: Any, b: Any) -> Diff:
     Raises:
         ModelError: one of them cannot be read.
     """
-    return compare_models(load(a, validate=False), load(b, validate=False))
+    first, second = load(a, validate=False), load(b, validate=False)
+    before, after = opsets(first.proto), opsets(second.proto)
+    versions = {d: (before.get(d), after.get(d)) for d in {**before, **after} if before.get(d) != after.get(d)}
+    return Diff(_histogram(first), _histogram(second), versions, scopes(first, second))
 
 
-def compare_models(a: Model, b: Model) -> Diff:
-    """Compare two loaded models; see `diff`."""
-    before, after = ({o.domain: o.version for o in m.proto.opset_import} for m in (a, b))
-    opsets = {d: (before.get(d), after.get(d)) for d in {**before, **after} if before.get(d) != after.get(d)}
-    return Diff(scopes(a, b), opsets, _histogram(a.proto), _histogram(b.proto))
+def operators_of(nodes: Iterable[NodeView]) -> str:
+    """Return the operators of nodes, the frequent ones first: "Mul ×2, Add"; empty where there are none."""
+    counts = Counter(n.operator for n in nodes)
+    listed = [f"{op} ×{n}" if n > 1 else op for op, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    more = f", … ({sum(counts.values())} nodes)" if len(listed) > LISTED_OPERATORS else ""
+    return ", ".join(listed[:LISTED_OPERATORS]) + more
 
 
-def _histogram(model: ModelProto) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    todo: list[Iterable[NodeProto]] = [model.graph.node, *(f.node for f in model.functions)]
-    while todo:
-        for node in todo.pop():
-            counts[operator_name(node)] += 1
-            for attribute in node.attribute:
-                if attribute.type == AttributeProto.GRAPH:
-                    todo.append(attribute.g.node)
-                elif attribute.type == AttributeProto.GRAPHS:
-                    todo += [g.node for g in attribute.graphs]
-    return dict(sorted(counts.items()))
+def _histogram(model: Model) -> dict[str, int]:
+    bodies = (model.proto.graph, *model.proto.functions)
+    return dict(sorted(Counter(operator_name(node) for body in bodies for node in all_nodes(body.node)).items()))
+
+
+def _show_scope(scope: ScopeDiff, out: Console) -> None:
+    _list(out, scope.interface, "interface changes", LISTED)
+    if scope.regions:
+        # One row per kind of region, the same operators for the same operators; one for all that went for nothing.
+        kinds = Counter((r.pattern, operators_of(r.added), operators_of(r.removed)) for r in scope.regions if r.added)
+        shown = table(">regions", "became", "from")
+        for (pattern, new, old), count in list(kinds.items())[:LISTED]:
+            shown.add_row(str(count), Text(f"{pattern}: {new}" if pattern else new, style="green"), old or "–")
+        if gone := operators_of(node for region in scope.regions if not region.added for node in region.removed):
+            shown.add_row("", Text("nothing", style="dim"), gone)
+        out.print(shown, markup=False, highlight=False)
+        _more(out, len(kinds) - LISTED, "kinds of regions")
+    _list(out, [f"~ {c.after.label}: {'; '.join(c.changes)}" for c in scope.changed], "changed nodes", LISTED // 2)
+    if weights := scope.initializers:
+        # "added: float[2]" and "float[2] became float[3]" count by their first word.
+        said = Counter(w if w == "values changed" else w.split(":")[0].split(" ")[0] for w in weights.values())
+        _line(out, f"initializers: {', '.join(f'{n} {what}' for what, n in said.items())}")
+        others = [f"~ {name}: {w}" for name, w in weights.items() if not w.startswith(("added", "removed"))]
+        _list(out, others, "initializers", LISTED)
+
+
+def _list(out: Console, lines: list[str], what: str, limit: int) -> None:
+    for line in lines[:limit]:
+        out.print(Text(line, overflow="fold"))
+    _more(out, len(lines) - limit, what)
+
+
+def _more(out: Console, count: int, what: str) -> None:
+    if count > 0:
+        _line(out, f"… and {count} more {what}", "dim")
+
+
+def _line(out: Console, text: str, style: str = "") -> None:
+    out.print(text, style=style, markup=False, highlight=False)

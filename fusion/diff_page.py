@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
 import networkx as nx
 
-from fusion.diff import Diff
+from fusion.diff import Diff, operators_of
 from fusion.diff_regions import NodeView, Region
 from fusion.errors import OutputError
 
@@ -21,33 +22,22 @@ from fusion.errors import OutputError
 CHARACTER, PADDING, HEIGHT, ROW, GAP = 6.6, 8, 22, 46, 12
 LARGEST_DRAWING = 200  # nodes; a larger region is only counted
 SHOWN_NAME = 34  # characters
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A node, or a value at the border, in a drawing."""
-
-    x: float
-    y: float
-    width: float
-    text: str
-    hint: str
-    kind: str  # "node", "new", "value"
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """One side of a region: boxes and the curves between them."""
-
-    width: float
-    height: float
-    boxes: list[Box]
-    curves: list[str]
+LISTED = 200  # other changes of one kind
 
 
 def write(difference: Diff, path: Path, title: str, limit: int) -> None:
-    """Write the page; see `Diff.to_html`."""
-    text = render(difference, title, limit)
+    """Write the page, the regions that something went in for first; see `Diff.to_html`."""
+    regions = sorted(difference.regions, key=lambda region: not region.added)
+    text = _template().render(
+        title=title,
+        difference=difference,
+        kinds=Counter(region.kind for region in regions).most_common(),
+        regions=regions[:limit],
+        draw=draw,
+        more=len(regions) - limit,
+        total=len(regions),
+        listed=LISTED,
+    )
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -57,109 +47,79 @@ def write(difference: Diff, path: Path, title: str, limit: int) -> None:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def render(difference: Diff, title: str, limit: int) -> str:
-    """Return the page as HTML; at most `limit` regions are drawn, those that something went in for first."""
-    regions = sorted(difference.regions, key=lambda region: not region.added)
-    shown = regions[:limit]
+@cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string(files("fusion").joinpath("data/diff.html.jinja").read_text("utf-8"))
-    before, after = difference.operators_before, difference.operators_after
-    operators = [(op, before.get(op, 0), after.get(op, 0)) for op in sorted({**before, **after})]
-    return template.render(
-        title=title,
-        difference=difference,
-        operators=[row for row in operators if row[1] != row[2]],
-        kinds=Counter(region.kind for region in regions).most_common(),
-        regions=[_section(region, number) for number, region in enumerate(shown, 1)],
-        more=len(regions) - len(shown),
-        total=len(regions),
-        listed=200,
-    )
+    environment.filters["operators"] = operators_of
+    return environment.from_string(files("fusion").joinpath("data/diff.html.jinja").read_text("utf-8"))
 
 
-def _section(region: Region, number: int) -> dict[str, Any]:
-    return {
-        "number": number,
-        "kind": region.kind,
-        "laws": ", ".join(region.laws),
-        "before": _draw(region.removed, region, "node"),
-        "after": _draw(region.added, region, "new"),
-        "removed": _count(region.removed),
-        "added": _count(region.added),
-        "outputs": ", ".join(region.outputs),
-    }
+def draw(nodes: Sequence[NodeView], region: Region, kind: str) -> dict[str, Any] | None:
+    """Lay one side of a region out in layers, each node below what it reads, in boxes of a kind ("node" or "new").
 
-
-def _count(nodes: Sequence[NodeView]) -> str:
-    return ", ".join(f"{op} ×{n}" if n > 1 else op for op, n in Counter(n.operator for n in nodes).items())
-
-
-def _draw(nodes: Sequence[NodeView], region: Region, kind: str) -> Drawing | None:
-    """Lay one side of a region out in layers, each node below what it reads."""
+    Returns:
+        Width, height, boxes and the curves between them; None where there are no nodes, too many, or a circle of them.
+    """
     if not nodes or len(nodes) > LARGEST_DRAWING:
         return None
     graph: nx.DiGraph[str] = nx.DiGraph()
-    boxes: dict[str, tuple[str, str, str]] = {}
-    maker: dict[str, str] = {}
+
+    def box(key: str, text: str, hint: str, kind: str) -> str:
+        graph.add_node(key, text=text, hint=hint, kind=kind, width=len(text) * CHARACTER + 2 * PADDING)
+        return key
+
+    maker = {name: f"n{i}" for i, node in enumerate(nodes) for name in node.outputs if name}
     for i, node in enumerate(nodes):
-        boxes[f"n{i}"] = (node.operator.rpartition("::")[2], _hint(node), kind)
-        graph.add_node(f"n{i}")
-        maker.update({name: f"n{i}" for name in node.outputs if name})
+        box(f"n{i}", node.operator.rpartition("::")[2], _hint(node), kind)
     for i, node in enumerate(nodes):
-        for name in dict.fromkeys((*node.inputs, *node.captures)):
-            if name in maker and maker[name] != f"n{i}":
+        for name in node.reads:
+            if maker.get(name, f"n{i}") != f"n{i}":
                 graph.add_edge(maker[name], f"n{i}")
             elif name in region.inputs:
-                boxes[f"i{name}"] = (_short(name), name, "value")
-                graph.add_edge(f"i{name}", f"n{i}")
+                graph.add_edge(box(f"i{name}", _short(name), name, "value"), f"n{i}")
     for name in region.outputs:
         if name in maker:
-            boxes[f"o{name}"] = (_short(name), name, "value")
-            graph.add_edge(maker[name], f"o{name}")
-    layers = [sorted(layer, key=list(boxes).index) for layer in nx.topological_generations(graph)]
-    _sink_inputs(graph, layers)
-    return _place([layer for layer in layers if layer], graph, boxes)
+            graph.add_edge(maker[name], box(f"o{name}", _short(name), name, "value"))
+    if not nx.is_directed_acyclic_graph(graph):
+        return None
+    order = {key: i for i, key in enumerate(graph)}
+    layers = [sorted(layer, key=order.__getitem__) for layer in nx.topological_generations(graph)]
+    # What nothing precedes sinks to just above its first reader, so that edges stay short.
+    level = {key: depth for depth, layer in enumerate(layers) for key in layer}
+    for key in [key for key in layers[0] if graph.out_degree(key)]:
+        wanted = min(level[reader] for reader in graph.successors(key)) - 1
+        layers[0].remove(key)
+        layers[wanted].append(key)
+    return _place(graph, [layer for layer in layers if layer])
 
 
-def _sink_inputs(graph: nx.DiGraph[str], layers: list[list[str]]) -> None:
-    """Move what nothing precedes down to just above its first reader, so that edges stay short."""
-    level = {name: depth for depth, layer in enumerate(layers) for name in layer}
-    for name in [name for name in layers[0] if graph.out_degree(name)]:
-        wanted = min(level[reader] for reader in graph.successors(name)) - 1
-        if wanted > 0:
-            layers[0].remove(name)
-            layers[wanted].append(name)
-
-
-def _place(layers: list[list[str]], graph: nx.DiGraph[str], boxes: dict[str, tuple[str, str, str]]) -> Drawing:
-    widths = {name: len(boxes[name][0]) * CHARACTER + 2 * PADDING for name in boxes}
-    totals = [sum(widths[n] for n in layer) + GAP * (len(layer) - 1) for layer in layers]
+def _place(graph: nx.DiGraph[str], layers: list[list[str]]) -> dict[str, Any]:
+    boxes = graph.nodes
+    totals = [sum(boxes[key]["width"] + GAP for key in layer) - GAP for layer in layers]
     width = max(totals)
-    centre: dict[str, float] = {}
-    for layer, total in zip(layers, totals, strict=True):
+    for depth, (layer, total) in enumerate(zip(layers, totals, strict=True)):
         # Each box as near below its sources as its neighbours leave room: that crosses few edges.
-        wish = {n: _mean((centre[p] for p in graph.predecessors(n) if p in centre), width / 2) for n in layer}
-        layer.sort(key=wish.__getitem__)
+        sources = {key: [_centre(boxes[source]) for source in graph.predecessors(key)] for key in layer}
+        layer.sort(key=lambda key: fmean(sources[key] or [width / 2]))
         x = (width - total) / 2
-        for name in layer:
-            centre[name] = x + widths[name] / 2
-            x += widths[name] + GAP
-    row = {name: depth * ROW for depth, layer in enumerate(layers) for name in layer}
-    drawn = [Box(centre[n] - widths[n] / 2, row[n], widths[n], *boxes[n]) for layer in layers for n in layer]
-    return Drawing(width, (len(layers) - 1) * ROW + HEIGHT, drawn, [_curve(centre, row, a, b) for a, b in graph.edges])
+        for key in layer:
+            boxes[key].update(x=x, y=depth * ROW)
+            x += boxes[key]["width"] + GAP
+    curves = [_curve(boxes[a], boxes[b]) for a, b in graph.edges]
+    drawn = [boxes[key] for layer in layers for key in layer]
+    return {"width": width, "height": (len(layers) - 1) * ROW + HEIGHT, "boxes": drawn, "curves": curves}
 
 
-def _curve(centre: dict[str, float], row: dict[str, int], a: str, b: str) -> str:
-    top, bottom = row[a] + HEIGHT, row[b]
+def _centre(box: dict[str, Any]) -> float:
+    return float(box["x"] + box["width"] / 2)
+
+
+def _curve(a: dict[str, Any], b: dict[str, Any]) -> str:
+    start, top, end, bottom = _centre(a), a["y"] + HEIGHT, _centre(b), b["y"]
     half = (top + bottom) / 2
-    return f"M{centre[a]:.0f} {top} C{centre[a]:.0f} {half:.0f} {centre[b]:.0f} {half:.0f} {centre[b]:.0f} {bottom}"
-
-
-def _mean(numbers: Iterable[float], default: float) -> float:
-    values = list(numbers)
-    return sum(values) / len(values) if values else default
+    return f"M{start:.0f} {top} C{start:.0f} {half:.0f} {end:.0f} {half:.0f} {end:.0f} {bottom}"
 
 
 def _hint(node: NodeView) -> str:

@@ -7,9 +7,8 @@ regions and hold nothing together; they go with the region that alone used them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from onnx import NodeProto
 
@@ -26,33 +25,28 @@ class NodeView:
         operator: "Add", "com.microsoft::BiasGelu".
         attributes: name → value in words.
         captures: names its bodies mention.
-        pattern, replaced, laws: where it came from, if our rewriter made it.
+        pattern, replaced, laws: where it came from, if our rewriter made it; its region has them as data.
     """
 
     name: str
     operator: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attributes: dict[str, str] = field(default_factory=dict)
-    captures: tuple[str, ...] = ()
-    pattern: str = ""
-    replaced: tuple[str, ...] = ()
-    laws: tuple[str, ...] = ()
+    attributes: dict[str, str]
+    captures: tuple[str, ...] = field(repr=False)
+    pattern: str = field(repr=False)
+    replaced: tuple[str, ...] = field(repr=False)
+    laws: tuple[str, ...] = field(repr=False)
 
     @property
     def label(self) -> str:
         """What to call the node: its name, else its operator and first output."""
         return self.name or f"{self.operator} → {next(iter(self.outputs), '')}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the node as plain data, without its provenance, which its region has."""
-        return {
-            "name": self.name,
-            "operator": self.operator,
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-            "attributes": self.attributes,
-        }
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The names it needs, those that its bodies mention included."""
+        return tuple(dict.fromkeys(name for name in (*self.inputs, *self.captures) if name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +54,7 @@ class Region:
     """Nodes that went for nodes.
 
     Attributes:
+        kind: the pattern, else the operators that came in, else "removed".
         pattern: the pattern that did it, or "".
         laws: the laws it used.
         removed, added: the nodes, in graph order; one of them may be empty.
@@ -67,6 +62,7 @@ class Region:
         outputs: values that something outside reads, or that are outputs of the scope.
     """
 
+    kind: str
     pattern: str
     laws: tuple[str, ...]
     removed: tuple[NodeView, ...]
@@ -74,36 +70,14 @@ class Region:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
-    @property
-    def kind(self) -> str:
-        """The pattern, else the operators that came in, else "removed"."""
-        return self.pattern or ", ".join(dict.fromkeys(n.operator for n in self.added)) or "removed"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the region as plain data."""
-        return {
-            "kind": self.kind,
-            "pattern": self.pattern,
-            "laws": list(self.laws),
-            "removed": [n.to_dict() for n in self.removed],
-            "added": [n.to_dict() for n in self.added],
-            "inputs": list(self.inputs),
-            "outputs": list(self.outputs),
-        }
-
 
 def operator_name(node: NodeProto) -> str:
     """Return the operator type with its domain in front, the standard one apart."""
     return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
-def arithmetic(nodes: Iterable[NodeProto], constants: set[str]) -> set[str]:
-    """Return the values of a scope that depend on shapes and constants only.
-
-    Args:
-        nodes: the scope's nodes, in order.
-        constants: names of its initializers.
-    """
+def arithmetic(nodes: Iterable[NodeProto], constants: Container[str]) -> set[str]:
+    """Return the values of a scope that depend on shapes and constants only; its nodes are in order."""
     found: set[str] = set()
     for node in nodes:
         if node.op_type in SOURCES or (node.input and all(not i or i in found or i in constants for i in node.input)):
@@ -112,43 +86,86 @@ def arithmetic(nodes: Iterable[NodeProto], constants: set[str]) -> set[str]:
 
 
 def group(
-    removed: Sequence[NodeView],
-    added: Sequence[NodeView],
-    helpers_before: set[str],
-    helpers_after: set[str],
-    outputs: set[str],
+    removed: Sequence[NodeView], added: Sequence[NodeView], helpers: tuple[set[str], set[str]], outputs: set[str]
 ) -> list[Region]:
     """Group removed and added nodes of one scope into regions; linear in their number.
 
     Args:
         removed: nodes of the first model only, in graph order.
         added: nodes of the second model only, in graph order.
-        helpers_before: values of the first model that are constants or shape arithmetic (see `arithmetic`).
-        helpers_after: the same of the second.
+        helpers: values of the first and of the second model that are constants or shape arithmetic.
         outputs: output names of the scope.
 
     Returns:
         The regions, in the order of what they add; nodes that were removed for nothing come last.
     """
     nodes = [*removed, *added]
-    border = {name for n in removed for name in n.outputs} & {name for n in added for name in n.outputs} - {""}
+    sides = [0] * len(removed) + [1] * len(added)
+    makers: dict[tuple[int, str], int] = {}
+    readers: dict[tuple[int, str], list[int]] = {}
+    for i, (side, node) in enumerate(zip(sides, nodes, strict=True)):
+        makers.update(((side, name), i) for name in node.outputs if name)
+        for name in node.reads:
+            readers.setdefault((side, name), []).append(i)
     sets = _Sets(_origins(removed, added))
-    helpers = {i for i, n in enumerate(removed) if helpers_before.issuperset(n.outputs)}
-    helpers |= {len(removed) + i for i, n in enumerate(added) if helpers_after.issuperset(n.outputs)}
-    for side, start in ((removed, 0), (added, len(removed))):
-        makers = {name: start + i for i, n in enumerate(side) for name in n.outputs if name}
-        for i, node in enumerate(side):
-            for name in (*node.inputs, *node.captures):
-                maker = makers.get(name)
-                if maker is not None and maker not in helpers and start + i not in helpers and name not in border:
-                    sets.join(maker, start + i)
-    makers_before = {name: i for i, n in enumerate(removed) for name in n.outputs}
-    for i, node in enumerate(added):
-        for name in node.outputs:
-            if name in border:
-                sets.join(makers_before[name], len(removed) + i)
-    _adopt(nodes, len(removed), helpers, sets)
-    return _regions(nodes, len(removed), sets, outputs)
+    idle = [helpers[side].issuperset(node.outputs) for side, node in zip(sides, nodes, strict=True)]
+    border = []
+    for (side, name), maker in makers.items():
+        other = makers.get((1 - side, name))
+        if other is not None:
+            border.append((maker, other))
+        elif not idle[maker]:
+            for reader in readers.get((side, name), ()):
+                if not idle[reader]:
+                    sets.join(maker, reader)
+    for maker, other in border:
+        sets.join(maker, other)
+    # A helper goes with its users where they are of one region; its users come after it.
+    for i in reversed(range(len(nodes))):
+        if idle[i]:
+            homes = {sets.find(reader) for name in nodes[i].outputs for reader in readers.get((sides[i], name), ())}
+            if len(homes) == 1:
+                sets.join(homes.pop(), i)
+    members: dict[int, list[int]] = {}
+    for i in range(len(nodes)):
+        members.setdefault(sets.find(i), []).append(i)
+    count = len(removed)
+    # In the order of the first node that is added, else of the first that was removed.
+    ordered = sorted(members.values(), key=lambda group: next((i for i in group if i >= count), len(nodes) + group[0]))
+    return [_region(group, nodes, count, readers, outputs) for group in ordered]
+
+
+def _region(
+    members: Sequence[int],
+    nodes: Sequence[NodeView],
+    count: int,
+    readers: dict[tuple[int, str], list[int]],
+    outputs: set[str],
+) -> Region:
+    before = tuple(nodes[i] for i in members if i < count)
+    after = tuple(nodes[i] for i in members if i >= count)
+    side, shown = (1, after) if after else (0, before)
+    made = dict.fromkeys(name for n in shown for name in n.outputs if name)
+    inputs = dict.fromkeys(name for n in shown for name in n.reads if name not in made)
+    inside = set(members)
+    # A value nobody in the difference reads is read by a kept node, or is what the region is for.
+    leaving = [
+        name
+        for name in made
+        if name in outputs or (side, name) not in readers or not inside.issuperset(readers[side, name])
+    ]
+    pattern = next((n.pattern for n in after if n.pattern), "")
+    kind = pattern or ", ".join(dict.fromkeys(n.operator for n in after)) or "removed"
+    laws = dict.fromkeys(law for n in after for law in n.laws)
+    return Region(kind, pattern, tuple(laws), before, after, tuple(inputs), tuple(leaving))
+
+
+def _origins(removed: Sequence[NodeView], added: Sequence[NodeView]) -> list[int]:
+    """Return a number per node: which rewrite it belongs to, -1 where its provenance does not say."""
+    rewrites: dict[tuple[str, tuple[str, ...]], int] = {}
+    after = [rewrites.setdefault((n.pattern, n.replaced), len(rewrites)) if n.replaced else -1 for n in added]
+    owner = {name: number for (_, names), number in rewrites.items() for name in names}
+    return [owner.get(n.name, -1) if n.name else -1 for n in removed] + after
 
 
 class _Sets:
@@ -173,56 +190,3 @@ class _Sets:
         if i != j and len(origins) < 2:
             self.parent[j] = i
             self.origin[i] = max(self.origin[i], self.origin[j])
-
-
-def _origins(removed: Sequence[NodeView], added: Sequence[NodeView]) -> list[int]:
-    """Return a number per node: which rewrite it belongs to, -1 where its provenance does not say."""
-    rewrites: dict[tuple[str, tuple[str, ...]], int] = {}
-    after = [rewrites.setdefault((n.pattern, n.replaced), len(rewrites)) if n.replaced else -1 for n in added]
-    owner = {name: number for (_, names), number in rewrites.items() for name in names}
-    return [owner.get(n.name, -1) if n.name else -1 for n in removed] + after
-
-
-def _adopt(nodes: Sequence[NodeView], count: int, helpers: set[int], sets: _Sets) -> None:
-    """Put every helper into the region of its users, where that is one."""
-    for start, stop in ((0, count), (count, len(nodes))):
-        users: dict[str, list[int]] = {}
-        for i in range(start, stop):
-            for name in {*nodes[i].inputs, *nodes[i].captures}:
-                users.setdefault(name, []).append(i)
-        for i in reversed(range(start, stop)):
-            if i in helpers:
-                homes = {sets.find(u) for name in nodes[i].outputs for u in users.get(name, ())}
-                if len(homes) == 1:
-                    sets.join(homes.pop(), i)
-
-
-def _regions(nodes: Sequence[NodeView], count: int, sets: _Sets, outputs: set[str]) -> list[Region]:
-    members: dict[int, list[int]] = {}
-    for i in range(len(nodes)):
-        members.setdefault(sets.find(i), []).append(i)
-    readers = [_readers(nodes[:count]), _readers(nodes[count:])]
-    regions: list[tuple[int, Region]] = []
-    for group_ in members.values():
-        before = tuple(nodes[i] for i in group_ if i < count)
-        after = tuple(nodes[i] for i in group_ if i >= count)
-        side, reads = (after, readers[1]) if after else (before, readers[0])
-        made = {name: None for n in side for name in n.outputs if name}
-        names = dict.fromkeys(name for n in side for name in (*n.inputs, *n.captures) if name and name not in made)
-        inside = {id(n) for n in side}
-        seen = {name for name in made if any(id(n) not in inside for n in reads.get(name, ()))}
-        # A value nobody in the difference reads is read by a kept node, or is what the region is for.
-        leaving = tuple(name for name in made if name in outputs or name in seen or name not in reads)
-        pattern = next((n.pattern for n in after if n.pattern), "")
-        laws = tuple(dict.fromkeys(law for n in after for law in n.laws))
-        first = next((i for i in group_ if i >= count), len(nodes) + group_[0])
-        regions.append((first, Region(pattern, laws, before, after, tuple(names), leaving)))
-    return [region for _, region in sorted(regions, key=lambda r: r[0])]
-
-
-def _readers(side: Iterable[NodeView]) -> dict[str, list[NodeView]]:
-    readers: dict[str, list[NodeView]] = {}
-    for node in side:
-        for name in dict.fromkeys((*node.inputs, *node.captures)):
-            readers.setdefault(name, []).append(node)
-    return readers

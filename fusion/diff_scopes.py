@@ -5,13 +5,15 @@ A node finds its partner by the name of a value it computes; failing that, by do
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
-from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
+from fusion import schema
 from fusion.diff_regions import NodeView, Region, arithmetic, group, operator_name
 from fusion.errors import ModelError
 from fusion.external import is_external
@@ -38,46 +40,91 @@ class ScopeDiff:
 
     Attributes:
         name: "main", "main / If_3.then_branch", "function domain::name".
-        removed, added: nodes of the first or the second model only, in graph order.
+        regions: nodes of one model only, those together that belong together.
         changed: nodes of both.
-        regions: removed and added nodes that belong together.
         initializers: initializer → "added", "removed" or what changed.
         interface: one sentence per input or output that differs.
     """
 
     name: str
-    removed: list[NodeView] = field(default_factory=list)
-    added: list[NodeView] = field(default_factory=list)
-    changed: list[NodeChange] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
+    changed: list[NodeChange] = field(default_factory=list)
     initializers: dict[str, str] = field(default_factory=dict)
     interface: list[str] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
         """Whether the scope is the same in both models."""
-        return not (self.removed or self.added or self.changed or self.initializers or self.interface)
+        return not (self.regions or self.changed or self.initializers or self.interface)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the scope as plain data."""
-        return {
-            "name": self.name,
-            "regions": [region.to_dict() for region in self.regions],
-            "changed": [
-                {"before": c.before.to_dict(), "after": c.after.to_dict(), "changes": list(c.changes)}
-                for c in self.changed
-            ],
-            "initializers": self.initializers,
-            "interface": self.interface,
-        }
+    @property
+    def removed(self) -> list[NodeView]:
+        """Nodes of the first model only."""
+        return [node for region in self.regions for node in region.removed]
+
+    @property
+    def added(self) -> list[NodeView]:
+        """Nodes of the second model only."""
+        return [node for region in self.regions for node in region.added]
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of the two models at the scope that is compared: its nodes, outputs and opsets, and constants by name."""
+
+    nodes: Sequence[NodeProto]
+    outputs: set[str]
+    opsets: Mapping[str, int]
+    constants: ChainMap[str, TensorProto]
+
+    @staticmethod
+    def of(function: FunctionProto) -> _Side:
+        return _Side(function.node, set(function.output), opsets(function), ChainMap(dict(_constants(function.node))))
+
+    def inside(self, body: GraphProto) -> _Side:
+        """A graph that sees the values of this scope."""
+        constants = {**dict(_constants(body.node)), **{t.name: t for t in body.initializer}}
+        return _Side(body.node, {o.name for o in body.output}, self.opsets, self.constants.new_child(constants))
 
 
 def scopes(a: Model, b: Model) -> list[ScopeDiff]:
     """Return the scopes that differ, the main graph first."""
     walk = _Walk(a, b)
-    walk.graphs("main", a.proto.graph, b.proto.graph)
+    sides = [_Side((), set(), opsets(model.proto), ChainMap()) for model in (a, b)]
+    walk.graphs("main", a.proto.graph, b.proto.graph, sides, ChainMap())
     walk.functions()
     return walk.scopes
+
+
+def interface(
+    kind: str,
+    a: Iterable[ValueInfoProto],
+    b: Iterable[ValueInfoProto],
+    change: Callable[[ValueInfoProto, ValueInfoProto], str],
+) -> Iterator[tuple[str, str]]:
+    """Yield what differs between the declared inputs or outputs of two models: the name, empty for the order, and a
+    sentence. `change` says how two of one name differ, or nothing."""
+    there, here = {i.name: i for i in a}, {i.name: i for i in b}
+    yield from ((name, f"{kind} {name!r} is missing in the second model") for name in there if name not in here)
+    yield from ((name, f"{kind} {name!r} is new in the second model") for name in here if name not in there)
+    if there.keys() == here.keys() and list(there) != list(here):
+        yield "", f"the {kind}s are in another order: {', '.join(there)} became {', '.join(here)}"
+    for name in there:
+        if name in here and (text := change(there[name], here[name])):
+            yield name, f"{kind} {name!r}: {text}"
+
+
+def opsets(proto: ModelProto | FunctionProto) -> dict[str, int]:
+    """Return the versions of the imported domains."""
+    return {"" if o.domain == "ai.onnx" else o.domain: o.version for o in proto.opset_import}
+
+
+def all_nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    """Yield nodes and those of their bodies."""
+    for node in nodes:
+        yield node
+        for body in _bodies(node).values():
+            yield from all_nodes(body.node)
 
 
 class _Walk:
@@ -94,105 +141,71 @@ class _Walk:
             before, after = there.get(key, empty), here.get(key, empty)
             scope = ScopeDiff(f"function {key}")
             if key not in here or key not in there:
-                scope.interface.append(f"the function is {'missing in' if key in there else 'new in'} the second model")
+                scope.interface.append(f"the function is {'missing' if key in there else 'new'} in the second model")
             elif (list(before.input), list(before.output)) != (list(after.input), list(after.output)):
                 scope.interface.append("the formal inputs or outputs are others")
-            self.nodes(scope, before.node, after.node, set(before.output))
+            self.nodes(scope, _Side.of(before), _Side.of(after), ChainMap())
 
-    def graphs(self, name: str, a: GraphProto, b: GraphProto) -> None:
-        scope = ScopeDiff(name)
-        scope.interface += _interface("input", a.input, b.input)
-        scope.interface += _interface("output", a.output, b.output)
-        scope.initializers = dict(self.initializers(a, b))
-        weights = ({t.name: t for t in a.initializer}, {t.name: t for t in b.initializer})
-        self.nodes(scope, a.node, b.node, {o.name for o in a.output}, weights)
-
-    def initializers(self, a: GraphProto, b: GraphProto) -> Iterator[tuple[str, str]]:
-        there, here = {t.name: t for t in a.initializer}, {t.name: t for t in b.initializer}
-        for name, tensor in there.items():
-            other = here.get(name)
-            if other is None:
-                yield name, "removed"
-            elif change := self.tensor_change(tensor, other):
-                yield name, change
-        for name, tensor in here.items():
-            if name not in there:
-                yield name, f"added: {_type(tensor)}"
-
-    def nodes(
-        self,
-        scope: ScopeDiff,
-        a: Sequence[NodeProto],
-        b: Sequence[NodeProto],
-        outputs: set[str],
-        weights: tuple[Mapping[str, TensorProto], Mapping[str, TensorProto]] = ({}, {}),
+    def graphs(
+        self, name: str, a: GraphProto, b: GraphProto, around: Sequence[_Side], names: ChainMap[str, str]
     ) -> None:
+        """Compare two graphs; `names` gives values of the second model their names in the first."""
+        scope = ScopeDiff(name)
+        for kind, before, after in (("input", a.input, b.input), ("output", a.output, b.output)):
+            scope.interface += [sentence for _, sentence in interface(kind, before, after, _declared_change)]
+        there, here = ({t.name: t for t in graph.initializer} for graph in (a, b))
+        for key, tensor in there.items():
+            change = self.tensor_change(tensor, here[key]) if key in here else "removed"
+            if change:
+                scope.initializers[key] = change
+        scope.initializers |= {key: f"added: {_type(tensor)}" for key, tensor in here.items() if key not in there}
+        self.nodes(scope, around[0].inside(a), around[1].inside(b), names.new_child())
+
+    def nodes(self, scope: ScopeDiff, a: _Side, b: _Side, names: ChainMap[str, str]) -> None:
         position = len(self.scopes)
         self.scopes.append(scope)
-        pairs, gone, new, renamed = _pair(a, b)
-        constants = tuple({**_constants(nodes), **tensors} for nodes, tensors in zip((a, b), weights, strict=True))
+        pairs, gone, new = _pair(a.nodes, b.nodes, names)
         for before, after in pairs:
             if before.SerializeToString() != after.SerializeToString():
-                changes = tuple(self.node_changes(before, after, renamed, *constants))
+                changes = tuple(self.node_changes(before, after, a, b, names))
                 if changes:
                     scope.changed.append(NodeChange(_view(before), _view(after), changes))
-            self.bodies(scope.name, before, after)
+            there, here = _bodies(before), _bodies(after)
+            for name, body in here.items():
+                if name in there:
+                    place = f"{scope.name} / {after.name or after.op_type}.{name}"
+                    self.graphs(place, there[name], body, (a, b), names)
         if gone or new:
-            scope.removed, scope.added = [_view(n) for n in gone], [_view(n) for n in new]
-            helpers = [arithmetic(nodes, set(known)) for nodes, known in zip((a, b), weights, strict=True)]
-            scope.regions = group(scope.removed, scope.added, helpers[0], helpers[1], outputs)
+            helpers = (arithmetic(a.nodes, a.constants), arithmetic(b.nodes, b.constants))
+            scope.regions = group([_view(n) for n in gone], [_view(n) for n in new], helpers, a.outputs)
         if scope.empty:
             del self.scopes[position]
 
-    def bodies(self, name: str, before: NodeProto, after: NodeProto) -> None:
-        mine = {x.name: x.g for x in before.attribute if x.type == AttributeProto.GRAPH}
-        for attribute in after.attribute:
-            if attribute.name in mine:
-                place = after.name or after.op_type
-                self.graphs(f"{name} / {place}.{attribute.name}", mine[attribute.name], attribute.g)
-
-    def node_changes(
-        self,
-        a: NodeProto,
-        b: NodeProto,
-        renamed: Mapping[str, str],
-        constants_before: Mapping[str, TensorProto],
-        constants_after: Mapping[str, TensorProto],
-    ) -> Iterator[str]:
-        there, here = {x.name: x for x in a.attribute}, {x.name: x for x in b.attribute}
+    def node_changes(self, x: NodeProto, y: NodeProto, a: _Side, b: _Side, names: Mapping[str, str]) -> Iterator[str]:
+        there, here = {i.name: i for i in x.attribute}, {i.name: i for i in y.attribute}
         for name in {**there, **here}:
             if name not in here:
-                if not self.is_default(b, there[name]):
+                if not _is_default(y, there[name], b.opsets):
                     yield f"attribute {name} = {_text(there[name])} removed"
             elif name not in there:
-                if not self.is_default(a, here[name]):
+                if not _is_default(x, here[name], a.opsets):
                     yield f"attribute {name} = {_text(here[name])} added"
             elif not self.same_attribute(there[name], here[name]):
                 yield f"attribute {name}: {_text(there[name])} became {_text(here[name])}"
-        for slot in range(max(len(a.input), len(b.input))):
-            before = a.input[slot] if slot < len(a.input) else ""
-            after = b.input[slot] if slot < len(b.input) else ""
-            if before == renamed.get(after, after):
+        for slot in range(max(len(x.input), len(y.input))):
+            before, after = (node.input[slot] if slot < len(node.input) else "" for node in (x, y))
+            if before == names.get(after, after):
                 continue
-            mine, theirs = constants_before.get(before), constants_after.get(after)
+            mine, theirs = a.constants.get(before), b.constants.get(after)
             if mine is None or theirs is None or self.tensor_change(mine, theirs):
                 yield f"input {slot}: {before or 'none'} became {after or 'none'}"
 
-    def is_default(self, node: NodeProto, attribute: AttributeProto) -> bool:
-        """Whether a node without this attribute has it all the same."""
-        try:
-            schema = onnx.defs.get_schema(node.op_type, node.domain)
-        except onnx.defs.SchemaError:
-            return False
-        default = schema.attributes[attribute.name].default_value if attribute.name in schema.attributes else None
-        return default is not None and bool(default.type) and _bare(default) == _bare(attribute)
-
     def same_attribute(self, a: AttributeProto, b: AttributeProto) -> bool:
-        if a.type == b.type == AttributeProto.GRAPH:
+        if a.type != b.type or a.ref_attr_name or b.ref_attr_name:
+            return _bare(a) == _bare(b)
+        if a.type == AttributeProto.GRAPH:
             return True  # compared as a scope of its own
-        if a.type == b.type == AttributeProto.TENSOR:
-            return not self.tensor_change(a.t, b.t)
-        return _bare(a) == _bare(b)
+        return not self.tensor_change(a.t, b.t) if a.type == AttributeProto.TENSOR else _bare(a) == _bare(b)
 
     def tensor_change(self, a: TensorProto, b: TensorProto) -> str:
         """Return how two tensors differ; empty where they hold the same bits."""
@@ -206,47 +219,43 @@ class _Walk:
         try:
             same = self.a.array(a).tobytes() == self.b.array(b).tobytes()
         except ModelError:
-            return "" if _place(a) == _place(b) else "external data that is not there: not compared"
+            places = [sorted((entry.key, entry.value) for entry in tensor.external_data) for tensor in (a, b)]
+            return "" if places[0] == places[1] else "external data that is not there: not compared"
         return "" if same else "values changed"
 
 
-Pairs = list[tuple[NodeProto, NodeProto]]
-
-
 def _pair(
-    a: Sequence[NodeProto], b: Sequence[NodeProto]
-) -> tuple[Pairs, list[NodeProto], list[NodeProto], Mapping[str, str]]:
-    """Pair the nodes of two scopes, in one pass over each.
+    a: Sequence[NodeProto], b: Sequence[NodeProto], names: ChainMap[str, str]
+) -> tuple[list[tuple[NodeProto, NodeProto]], list[NodeProto], list[NodeProto]]:
+    """Return the pairs of nodes of two scopes, the nodes of `a` alone and those of `b` alone, in one pass over each.
 
-    Returns:
-        The pairs, the nodes of `a` alone, the nodes of `b` alone, and values of `b` that have another name in `a`.
+    Values of `b` that are found to have another name in `a` are added to `names`.
     """
     by_value = {name: i for i, node in enumerate(a) for name in node.output if name}
-    values_after = {name for node in b for name in node.output}
+    values_after = {name for node in b for name in node.output if name}
     by_deed: dict[tuple[Any, ...], list[int]] | None = None
-    renamed: dict[str, str] = {}
-    paired = [False] * len(a)
-    pairs: Pairs = []
-    new: list[NodeProto] = []
+    alone = dict(enumerate(a))
+    pairs, new = [], []
     for node in b:
-        known = [by_value[name] for name in node.output if name in by_value]
-        if known:
-            found = known[0] if operator_name(a[known[0]]) == operator_name(node) and not paired[known[0]] else None
+        found = next((by_value[name] for name in node.output if name in by_value), None)
+        if found is not None:
+            if found not in alone or operator_name(a[found]) != operator_name(node):
+                found = None
         else:
             if by_deed is None:  # made late: most models keep their names
                 by_deed = {}
                 for i in reversed(range(len(a))):
                     if values_after.isdisjoint(a[i].output):
                         by_deed.setdefault(_deed(a[i], {}), []).append(i)
-            candidates = by_deed.get(_deed(node, renamed))
+            candidates = by_deed.get(_deed(node, names))
             found = candidates.pop() if candidates else None
         if found is None:
             new.append(node)
             continue
-        paired[found] = True
-        renamed.update({y: x for x, y in zip(a[found].output, node.output, strict=False) if x != y})
-        pairs.append((a[found], node))
-    return pairs, [n for n, done in zip(a, paired, strict=True) if not done], new, renamed
+        outputs = zip(a[found].output, node.output, strict=False)
+        names.update({after: before for before, after in outputs if before and after and before != after})
+        pairs.append((alone.pop(found), node))
+    return pairs, list(alone.values()), new
 
 
 def _deed(node: NodeProto, names: Mapping[str, str]) -> tuple[Any, ...]:
@@ -255,10 +264,24 @@ def _deed(node: NodeProto, names: Mapping[str, str]) -> tuple[Any, ...]:
     return operator_name(node), len(node.output), tuple(names.get(i, i) for i in node.input), attributes
 
 
-def _constants(nodes: Iterable[NodeProto]) -> dict[str, TensorProto]:
-    """Return the values of Constant nodes that are tensors."""
-    constants = (n for n in nodes if n.op_type == "Constant" and n.output)
-    return {n.output[0]: a.t for n in constants for a in n.attribute if a.type == AttributeProto.TENSOR}
+def _constants(nodes: Iterable[NodeProto]) -> Iterator[tuple[str, TensorProto]]:
+    """Yield the values of Constant nodes that are tensors."""
+    for node in nodes:
+        if node.op_type == "Constant" and node.output:
+            yield from ((node.output[0], x.t) for x in node.attribute if x.type == AttributeProto.TENSOR)
+
+
+def _bodies(node: NodeProto) -> dict[str, GraphProto]:
+    return {x.name: x.g for x in node.attribute if x.type == AttributeProto.GRAPH}
+
+
+def _is_default(node: NodeProto, attribute: AttributeProto, versions: Mapping[str, int]) -> bool:
+    """Whether a node without this attribute has it all the same."""
+    if attribute.ref_attr_name or not attribute.type:
+        return False
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    default = schema.defaults(node.op_type, domain, versions.get(domain, 1)).get(attribute.name)
+    return default is not None and bool(default == onnx.helper.get_attribute_value(attribute))
 
 
 def _bare(attribute: AttributeProto) -> bytes:
@@ -272,10 +295,9 @@ def _bare(attribute: AttributeProto) -> bytes:
 
 
 def _view(node: NodeProto) -> NodeView:
-    props = {p.key: p.value for p in node.metadata_props if p.key.startswith("fusion.")}
-    split = {
-        key: tuple(part for part in props.get(f"fusion.{key}", "").split(",") if part) for key in ("replaced", "laws")
-    }
+    props = {p.key: p.value for p in node.metadata_props}
+    listed = ([part.strip() for part in props.get(f"fusion.{key}", "").split(",")] for key in ("replaced", "laws"))
+    replaced, laws = (tuple(filter(None, parts)) for parts in listed)
     return NodeView(
         name=node.name,
         operator=operator_name(node),
@@ -284,32 +306,31 @@ def _view(node: NodeProto) -> NodeView:
         attributes={x.name: _text(x) for x in node.attribute},
         captures=tuple(_captures(node)),
         pattern=props.get("fusion.pattern", ""),
-        replaced=split["replaced"],
-        laws=split["laws"],
+        replaced=replaced,
+        laws=laws,
     )
 
 
 def _captures(node: NodeProto) -> Iterator[str]:
     """Yield the names that the bodies of a node mention; those of outer values are among them."""
-    for attribute in node.attribute:
-        for graph in [attribute.g] if attribute.type == AttributeProto.GRAPH else attribute.graphs:
-            for inner in graph.node:
-                yield from inner.input
-                yield from _captures(inner)
-            yield from (o.name for o in graph.output)
+    for body in _bodies(node).values():
+        for inner in body.node:
+            yield from inner.input
+            yield from _captures(inner)
+        yield from (output.name for output in body.output)
 
 
 def _text(attribute: AttributeProto) -> str:
     """Return an attribute's value as a person would write it, large ones by their type."""
+    if attribute.ref_attr_name:
+        return f"@{attribute.ref_attr_name}"
     if attribute.type == AttributeProto.TENSOR:
         tensor = attribute.t
         small = tensor.data_location != TensorProto.EXTERNAL and len(tensor.dims) <= 1 and sum(tensor.dims) <= 8
         return str(onnx.numpy_helper.to_array(tensor).tolist()) if small else _type(tensor)
     if attribute.type == AttributeProto.GRAPH:
         return f"a graph of {len(attribute.g.node)} nodes"
-    if attribute.ref_attr_name:
-        return f"@{attribute.ref_attr_name}"
-    value = onnx.helper.get_attribute_value(attribute)
+    value = onnx.helper.get_attribute_value(attribute) if attribute.type else "a value without a type"
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -318,23 +339,9 @@ def _type(tensor: TensorProto) -> str:
     return f"{TensorProto.DataType.Name(tensor.data_type).lower()}{list(tensor.dims)}"
 
 
-def _place(tensor: TensorProto) -> list[tuple[str, str]]:
-    return sorted((entry.key, entry.value) for entry in tensor.external_data)
-
-
-def _interface(kind: str, a: Iterable[ValueInfoProto], b: Iterable[ValueInfoProto]) -> Iterator[str]:
-    there, here = {i.name: i for i in a}, {i.name: i for i in b}
-    yield from (f"{kind} {name!r} removed" for name in there if name not in here)
-    yield from (f"{kind} {name!r} added" for name in here if name not in there)
-    if there.keys() == here.keys() and list(there) != list(here):
-        yield f"{kind}s in another order: {', '.join(there)} became {', '.join(here)}"
-    for name, info in there.items():
-        if name in here and info.type != here[name].type:
-            yield f"{kind} {name!r}: {_declared(info)} became {_declared(here[name])}"
-
-
-def _declared(info: ValueInfoProto) -> str:
-    return str(onnx.helper.printable_value_info(info)).removeprefix(f"%{info.name}")
+def _declared_change(a: ValueInfoProto, b: ValueInfoProto) -> str:
+    said = [onnx.helper.printable_value_info(i).removeprefix(f"%{i.name}") for i in (a, b)]
+    return f"{said[0]} became {said[1]}" if a.type != b.type else ""
 
 
 def _signature(function: FunctionProto) -> str:

@@ -7,21 +7,24 @@ with the axes of the capture is looked up, and only `op.arranged(...)` and its l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.dims import Dim
+from fusion.captures import Token, parse
+from fusion.dims import Dim, divide, lower, product
 from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.laws.noise import FLOATS
-from fusion.layout import Layout
-from fusion.place import before, int64, place, shape_items, standing
-from fusion.plan import Plan
+from fusion.layout import Axis, Layout, merge_neighbours, regroup
+from fusion.masks import ABSORBING, keeps_a_key
+from fusion.parts import appended
+from fusion.place import before, int64, nearest, place, rearranged, shape_items, standing
+from fusion.plan import SPELLINGS, Plan
 from fusion.region import Region, sources
 from fusion.state import Entry, Miss, State
 from fusion.targets import Target
@@ -30,6 +33,8 @@ from fusion.verdict import Verdict
 from fusion.view import View
 
 MICROSOFT = "com.microsoft"
+GAIN = "gain"
+"""The kind of a miss that says: it could be written, and would save nothing."""
 
 
 class Unmet(Exception):
@@ -119,11 +124,11 @@ class Found:
         """The version of the standard operators in the root's scope."""
         return self.node.scope.opsets.get("", 1)
 
-    def require(self, holds: bool | Verdict | None, text: str) -> None:
+    def require(self, holds: bool | Verdict | None, text: str, *, kind: str = "requirement") -> None:
         """Raise Unmet unless `holds`; None and UNKNOWN do not."""
         verdict = holds if isinstance(holds, Verdict) else Verdict.of(holds)
         if verdict is not Verdict.YES:
-            raise Unmet(text, verdict=verdict, place=self.root.name)
+            raise Unmet(text, kind=kind, verdict=verdict, place=self.root.name)
 
     def require_order(self, inputs: Iterable[Value]) -> None:
         """Every input is computed before the root, and before what is kept: else the new node would close a cycle."""
@@ -132,22 +137,41 @@ class Found:
         late = [value.name for value in inputs if not before(value, at)]
         self.require(not late, f"{', '.join(late)} is computed after {at.label}")
 
-    def require_gain(self, nodes: Iterable[NewNode]) -> None:
+    def require_gain(self, nodes: Sequence[NewNode]) -> None:
         """A rewrite replaces more nodes than it adds; what it shares with other matches does not count."""
         own = sum(not node.shared for node in nodes)
-        self.require(own < len(self.region.core), f"{own} new nodes would replace {len(self.region.core)}")
+        if own >= len(self.region.core):
+            self.require_fewer(nodes)
+
+    def require_fewer(self, nodes: Sequence[NewNode]) -> None:
+        """A rewrite replaces more nodes than it adds, with the rearrangements before the core that nobody else reads.
+
+        Other products count as nobody: they may read what lies before the rearrangement just as well.
+        """
+        needed = [operand for node in nodes for operand in node.inputs if isinstance(operand, Value)]
+        kept: set[Node] = set()
+        while needed:
+            producer = needed.pop().producer
+            if producer in self.region.prefix and producer not in kept:
+                kept.add(producer)
+                needed.extend(value for value in producer.inputs if value is not None)
+        replaced = {*self.region.core}
+        for node in reversed([node for node in self.region.prefix if node not in kept]):
+            values = [value for value in node.outputs if value is not None]
+            others = {reader for value in values for reader in value.uses if reader not in replaced}
+            if all(reader.key in SPELLINGS["matmul"] for reader in others) and not any(v.is_output for v in values):
+                replaced.add(node)
+        if len(nodes) >= len(replaced):
+            text = f"{len(nodes)} new nodes would replace {len(replaced)}"
+            raise Unmet(text, kind=GAIN, place=self.root.name)
 
     def size(self, letter: str) -> int:
-        """The size of a letter; raises Unmet where it is not a known number."""
-        dims = self.dims(letter)
-        if len(dims) != 1 or not isinstance(dims[0], int):
-            raise Unmet(
-                f"the size of {letter} is not a known number ({' '.join(map(str, dims))})",
-                kind="dimension",
-                verdict=Verdict.UNKNOWN,
-                place=self.root.name,
-            )
-        return dims[0]
+        """The size of a letter, of its axes together; raises Unmet where it is not a known number."""
+        size = product(self.dims(letter))
+        if not isinstance(size, int):
+            text = f"the size of {letter} is not a known number ({size})"
+            raise Unmet(text, kind="dimension", verdict=Verdict.UNKNOWN, place=self.root.name)
+        return size
 
     def dims(self, letter: str) -> tuple[Dim, ...]:
         """The dimensions a letter of the result stands for."""
@@ -167,9 +191,18 @@ class Found:
                         f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label
                     )
 
+    def least(self, letter: str) -> float:
+        """The smallest size that a letter can have."""
+        return lower(product(self.dims(letter)))
+
     def count(self, letter: str) -> int:
         """How many axes a letter stands for."""
         return len(self.dims(letter))
+
+    @property
+    def shape(self) -> tuple[Dim, ...]:
+        """The shape of the root."""
+        return self.ref.layout.source
 
     @property
     def rank(self) -> int:
@@ -194,6 +227,45 @@ class Captured:
     def shape(self) -> tuple[Dim, ...]:
         """Its shape in the axes of the capture."""
         return self.ref.layout.shape
+
+    def depends(self, axis: int) -> bool:
+        """Whether it has an axis of the capture, and is not only broadcast over it."""
+        return self.ref.layout.depends(axis)
+
+    def axes(self, *groups: int | tuple[int, ...]) -> Captured:
+        """The same in other axes: chosen, in another order, several of them merged. What is left out is broadcast."""
+        spans = [(group,) if isinstance(group, int) else group for group in groups]
+        layout = self.ref.layout.permute([axis for span in spans for axis in span])
+        for index, span in enumerate(spans):
+            layout = layout.merge(index, index + len(span))
+        return Captured(self.found, self.name, Ref(self.ref.value, layout))
+
+    def appended(self, other: Captured) -> Captured | None:
+        """This and then `other` along the last axis, where they are neighbours in one value."""
+        whole = appended(self.ref.layout, other.ref.layout) if self.value is other.value else None
+        return None if whole is None else Captured(self.found, self.name, Ref(self.value, whole))
+
+    def along(self, spec: str) -> Ref:
+        """The capture in other axes of the same letters, such as `B H T D` of one declared as `B T (H D)`.
+
+        Raises:
+            Unmet: a merged axis cannot be split, because a size in it is unknown.
+        """
+        found = self.found
+        axes: dict[str, Axis] = {}
+        for token, factors in zip(found.plan.captures[self.name].dims or (), self.ref.layout.axes, strict=True):
+            letters = (token,) if isinstance(token, str) else token
+            sizes = [product(found.dims(letter)) if letter in found.state.letters else None for letter in letters]
+            whole = product(size for _, _, size in factors)
+            rest = divide(whole, product(size for size in sizes if size is not None))
+            known = rest is not None and sizes.count(None) <= 1
+            groups = regroup(factors, [rest if size is None else size for size in sizes]) if known else None  # type: ignore[misc]
+            if groups is None:
+                raise Unmet(f"{self.name} ({self.value.name}) cannot be split into {spec}", kind="dimension")
+            axes.update(zip(letters, groups, strict=True))
+        wanted = [(token,) if isinstance(token, str) else token for token in parse(spec)[0]]
+        made = (merge_neighbours(factor for letter in group for factor in axes[letter]) for group in wanted)
+        return Ref(self.value, Layout(tuple(made), self.ref.layout.offsets, self.ref.layout.source))
 
     def standing(self, dtype: int | None) -> Value:
         """The value of the graph that lies in the axes of the capture, with this dtype.
@@ -266,12 +338,18 @@ class Builder:
             raise self.unmet(f"the size of {letter} is not a known number", self._found.root)
         return self.constant(np.ones([int(str(s)) for s in sizes], self._numpy), "ones")
 
+    def zeros(self, letter: str) -> New:
+        """Zeros over the axes of a letter."""
+        ones = self.ones(letter)
+        return self.constant(np.zeros([int(str(size)) for size in ones.shape or ()], self._numpy), "zeros")
+
     @property
     def _numpy(self) -> np.dtype[Any]:
         return helper.tensor_dtype_to_np_dtype(self._found.dtype)
 
-    def packed(self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()) -> New | None:
-        """Weights put together along an axis; the bytes are joined only when the model is written.
+    def packed(self, *captures: Captured | None, axis: int, absent: tuple[Captured, ...] = ()) -> Operand:
+        """Weights put together along an axis: the value of which they are the pieces, else a new one, the bytes of
+        which are joined only when the model is written.
 
         Args:
             captures: constant matrices (C, N) or vectors (N,); None where absent.
@@ -282,6 +360,10 @@ class Builder:
         """
         if not any(captures):
             return None
+        whole = _pieces_of(captures, axis)
+        if whole is not None and whole.tensor is not None and whole.tensor.data_type == self._found.dtype:
+            self.inputs.append(whole)
+            return whole
         parts: list[tuple[TensorProto, tuple[int, int] | None]] = []
         for index, capture in enumerate(captures):
             if capture is None:
@@ -296,11 +378,46 @@ class Builder:
                     f"{capture.name} ({capture.value.name}) is no stored weight of the result's dtype",
                     place=capture.value.name,
                 )
-            whole = [capture.ref.layout.whole(own) for own in range(len(capture.shape))]
-            if whole != list(range(len(tensor.dims))) and whole != [1, 0]:
+            read = [capture.ref.layout.whole(own) for own in range(len(capture.shape))]
+            if read != list(range(len(tensor.dims))) and read != [1, 0]:
                 raise Unmet(f"{capture.name} ({capture.value.name}) is not read whole", place=capture.value.name)
-            parts.append((tensor, (1, 0) if whole == [1, 0] else None))
+            parts.append((tensor, (1, 0) if read == [1, 0] else None))
         return New(self._found.dtype, parts=tuple(parts), axis=axis)
+
+    def rank(self, operand: Operand) -> int | None:
+        """How many axes an operand has; None where that is unknown."""
+        if operand is None:
+            return None
+        shape = operand.shape if isinstance(operand, New) else self._found.facts.shape(operand)
+        return None if shape is None else len(shape)
+
+    def stored(self, captured: Captured, *orders: Callable[[int], Sequence[int]], keep: int = 0) -> tuple[Operand, int]:
+        """A capture as it is stored, its axes in one of several orders: the operand, and which of the orders it has.
+
+        What lies nearest to the capture's source is taken; where nothing lies so, new nodes bring it into the first
+        order. Axes over which it is broadcast have size 1, or, leading ones, may be missing.
+
+        Args:
+            captured: what to look up.
+            orders: each gives, for a number of axes, the order in which the axes of the capture are stored.
+            keep: how many trailing axes must be there.
+
+        Raises:
+            Unmet: it cannot be brought there.
+        """
+        layout, found = captured.ref.layout, self._found
+        axes = tuple(axis if layout.depends(index) else () for index, axis in enumerate(layout.axes))
+        missing = next((index for index, axis in enumerate(axes[: len(axes) - keep]) if axis), len(axes) - keep)
+        wanted: list[tuple[int, Layout]] = []
+        for lead in range(missing + 1):
+            narrow = Layout(axes[lead:], layout.offsets, layout.source)
+            for index, order in enumerate(orders):
+                permuted = list(order(len(axes) - lead))
+                if sorted(permuted) == list(range(len(axes) - lead)):
+                    wanted.append((index, narrow.permute(permuted)))
+        chosen = nearest(found.view, captured.value, [own for _, own in wanted], found.node)
+        index, narrow = wanted[chosen or 0]
+        return self.placed(Ref(captured.value, narrow), found.dtype), index
 
     def broadcast(self, captured: Captured) -> Operand:
         """A capture of three axes that may lack the first one, or have it as 1, where it is broadcast over it."""
@@ -316,15 +433,119 @@ class Builder:
         return self._operand(captured)
 
     def guarded(self, result: New) -> New:
-        """The result with 0 for NaN, where the region guards its softmax so: rows that are masked everywhere."""
-        if not any(node.key == "IsNaN" for node in self._found.region.core):
+        """The result with 0 for rows that are masked everywhere, where the region says so around its softmax.
+
+        Result (B, S, N), masks (B, H, S, T): `Where(IsNaN(p), 0, p)` becomes the same around the result, and
+        `Where(mask, p, 0)` becomes 0 for the rows in which the mask keeps no key.
+
+        Raises:
+            Unmet: a mask that is put on the probabilities was not put on the scores before them, or differs by head.
+        """
+        found = self._found
+        rest = [entry for bound in found.state.bound.values() for entry in _entries(bound)]
+        for entry in rest:
+            if entry.kind == "zero":
+                masks = [m for m in rest if m.kind == "mask" and (m.ref, m.keep) == (entry.ref, entry.keep)]
+                found.require(
+                    bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score"
+                )
+                result = self.Where(self._keeps(entry), result, self._scalar(0.0), dtype=result.dtype)
+        if not any(node.key == "IsNaN" for node in found.region.core):
             return result
         zero = self._scalar(0.0)
         return self.Where(self.IsNaN(result, dtype=TensorProto.BOOL), zero, result, dtype=result.dtype)  # type: ignore[no-any-return]
 
+    def _keeps(self, entry: Entry) -> New:
+        """Whether a mask (B, H, S, T) keeps a key, by row: (B, S, 1)."""
+        ref = _spread(entry.ref, keep=0)
+        found = self._found
+        found.require(not ref.layout.depends(1), f"{entry.ref.value.name} masks probabilities head by head")
+        mask = self.shared(
+            "Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32
+        )
+        op, opset = "ReduceMax" if entry.keep else "ReduceMin", found.opset
+        if opset >= 18:
+            kept = self.shared(op, [mask, self.constant(int64([1, 3]), "axes")], None, keepdims=0)
+        else:
+            kept = self.shared(op, [mask], None, axes=[1, 3], keepdims=0)
+        column = self.unsqueezed(kept, [2], (ref.layout.shape[0], ref.layout.shape[2], 1))
+        truth = self.shared("Cast", [column], column.shape, dtype=TensorProto.BOOL, to=TensorProto.BOOL)
+        return truth if entry.keep else self.shared("Not", [truth], column.shape)
+
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
-        return None if captured is None else self.placed(captured.ref, self._found.dtype)
+        if captured is None:
+            return None
+        return self._vector(captured) or self.placed(captured.ref, self._found.dtype)
+
+    def before(self, captured: Captured, count: int) -> Operand:
+        """A capture with as many axes of size 1 behind its own."""
+        layout = captured.ref.layout
+        wide = Layout((*layout.axes, *((),) * count), layout.offsets, layout.source)
+        return self.placed(Ref(captured.value, wide), self._found.dtype)
+
+    def _vector(self, captured: Captured) -> New | None:
+        """A stored vector such as (1, 1, D), wanted as (D), written so; None for anything else."""
+        tensor, layout = captured.value.tensor, captured.ref.layout
+        if tensor is None or tensor.data_type != self._found.dtype or list(layout.shape) == list(tensor.dims):
+            return None
+        longer = [(axis, dim) for axis, dim in enumerate(tensor.dims) if dim != 1]
+        if len(longer) != 1 or len(layout.axes) != 1 or layout.whole(0) != longer[0][0]:
+            return None
+        found = self._found
+        if standing(found.view, captured.ref, found.dtype, found.node) is not None:
+            return None
+        return New(found.dtype, (longer[0][1],), parts=((tensor, None),))
+
+    def fewest(self, *forms: Sequence[tuple[Captured, str]]) -> list[Operand]:
+        """Captures in the axes of one of these forms: the first of those that need the fewest new nodes."""
+        before = len(self.nodes), len(self.inputs)
+        best: tuple[int, list[NewNode], list[Value], list[Operand]] | None = None
+        refused: Unmet | None = None
+        for form in forms:
+            try:
+                made = [self.placed(captured.along(spec), self._found.dtype) for captured, spec in form]
+                count = len(self.nodes) - before[0]
+                if best is None or count < best[0]:
+                    best = count, self.nodes[before[0] :], self.inputs[before[1] :], made
+            except Unmet as unmet:
+                refused = refused or unmet
+            del self.nodes[before[0] :], self.inputs[before[1] :]
+        if best is None:
+            assert refused is not None, "a form is given"
+            raise refused
+        self.nodes += best[1]
+        self.inputs += best[2]
+        return best[3]
+
+    def unrepeated(self, letter: str, *forms: tuple[Captured, str]) -> tuple[int, list[Operand]]:
+        """Captures in other axes, with what is repeated along a letter there once, and how often it is there then.
+
+        Keys of 8 heads which two query heads each read, as `(k, "B T (H D)")`, are 4 heads (B, T, 4 D).
+        """
+        size = self._found.size(letter)
+        layouts: list[tuple[Captured, Layout, tuple[Token, ...]]] = []
+        repeats: list[Dim] = []
+        for captured, spec in forms:
+            tokens = parse(spec)[0]
+            layout = captured.along(" ".join(letters_of(tokens))).layout
+            last = layout.axes[letters_of(tokens).index(letter)][-1:]
+            repeats.append(last[0][2] if last and last[0][0] is None else 1)
+            layouts.append((captured, layout, tokens))
+        often = repeats[0] if all(r == repeats[0] and isinstance(r, int) for r in repeats) else 1
+        made: list[Operand] = []
+        for captured, layout, tokens in layouts:
+            names = letters_of(tokens)
+            axes = {
+                name: axis[:-1] if name == letter and often != 1 else axis
+                for name, axis in zip(names, layout.axes, strict=True)
+            }
+            groups = [[axes[name] for name in ((token,) if isinstance(token, str) else token)] for token in tokens]
+            merged = tuple(merge_neighbours(factor for axis in group for factor in axis) for group in groups)
+            made.append(
+                self.placed(Ref(captured.value, Layout(merged, layout.offsets, layout.source)), self._found.dtype)
+            )
+        return size // (often if isinstance(often, int) else 1), made
 
     def placed(self, ref: Ref, dtype: int | None) -> Operand:
         """A value in the axes of `ref`."""
@@ -347,20 +568,22 @@ class Builder:
         smallest = float(np.finfo(self._numpy).min) if precise else -np.inf
         bias: Operand = None
         for entry in reversed(entries):
+            if entry.kind == "zero":
+                continue  # it is about the result: see `guarded`
             if entry.kind == "clamp":
                 if entry.fill > smallest * 0.999:
                     raise Unmet(f"scores are clamped to {entry.fill:g}", place=found.root.name)
                 if bias is not None:
                     bias = self.shared("Max", [bias, self._scalar(entry.fill)], None)
                 continue
-            ref = _spread(entry.ref, keep=2 if bias is None else 0)
+            ref, placed = self._beside(entry, keep=2 if bias is None else 0)
             if entry.kind == "term":
-                term = self.placed(ref, found.dtype)
+                term = placed
                 if entry.coef != 1.0:
                     term = self.shared("Mul", [term, self._scalar(entry.coef)], ref.layout.shape)
                 bias = term if bias is None else self.shared("Add", [bias, term], ref.layout.shape)
                 continue
-            if entry.fill > smallest * 0.999:
+            if entry.fill > smallest * 0.999 and not self._hides(entry, entries):
                 raise Unmet(
                     f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
                     "in rows masked everywhere",
@@ -369,9 +592,28 @@ class Builder:
             kept = self._scalar(0.0) if bias is None else bias
             fill = self._scalar(entry.fill)
             choices = [kept, fill] if entry.keep else [fill, kept]
-            condition = self.placed(ref, None)
-            bias = self.shared("Where", [condition, *choices], ref.layout.shape, dtype=found.dtype)
+            bias = self.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
         return bias
+
+    def _hides(self, entry: Entry, entries: tuple[Entry, ...]) -> bool:
+        """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row
+        keeps a key beside which the others vanish."""
+        after = entries[: entries.index(entry)]
+        only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
+        return only and keeps_a_key(self._found.view, entry.ref, entry.keep)
+
+    def _beside(self, entry: Entry, keep: int) -> tuple[Ref, Operand]:
+        """What stands beside the scores, as small as it can be had: broadcast axes as 1, else as they lie."""
+        dtype = self._found.dtype if entry.kind == "term" else None
+        refused: Unmet | None = None
+        for full in ((), (0,), (1,), (0, 1)):
+            ref = _spread(entry.ref, keep, full)
+            try:
+                return ref, self.placed(ref, dtype)
+            except Unmet as unmet:
+                refused = refused or unmet
+        assert refused is not None
+        raise refused
 
     def _scalar(self, value: float) -> New:
         return self.constant(np.array(value, self._numpy), "scalar")
@@ -399,6 +641,36 @@ class Builder:
             return self.shared("Unsqueeze", [operand, self.constant(int64(axes), "axes")], shape)
         return self.shared("Unsqueeze", [operand], shape, axes=axes)
 
+    def sliced(self, operand: Operand, axis: int, places: range, shape: tuple[Dim, ...]) -> New:
+        """Slice along one axis, its bounds inputs from opset 10 on; below there are no steps."""
+        bounds = ([places.start], [places.stop], [axis], [places.step])
+        if self._found.opset >= 10:
+            return self.shared("Slice", [operand, *(self.constant(int64(bound), "slice") for bound in bounds)], shape)
+        self._found.require(places.step == 1, "Slice has no steps before opset 10")
+        return self.shared("Slice", [operand], shape, starts=bounds[0], ends=bounds[1], axes=bounds[2])
+
+    def reshaped(self, operand: Operand, have: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> Operand:
+        """An operand of one shape in another one."""
+        if have == wanted:
+            return operand
+        return self.Reshape(operand, self.sizes(wanted, have, copy=True))  # type: ignore[no-any-return]
+
+    def flattened(self, operand: Operand, width: Dim) -> New:
+        """An operand as a matrix of this many columns."""
+        if not isinstance(width, int):
+            raise self.unmet(f"the size {width} is not a known number", self._found.root)
+        return self.shared("Reshape", [operand, self.constant(int64([-1, width]), "shape")], None)
+
+    def numbered(self, operand: Operand, rank: int) -> New:
+        """0, 1, 2, … in the first `rank` axes of an operand, as int64."""
+        shape = self.shared("Shape", [operand], None, dtype=TensorProto.INT64)
+        axes = self.constant(int64(list(range(rank))), "axes")
+        sizes = self.shared("Gather", [shape, axes], (rank,), axis=0)
+        count = self.shared("ReduceProd", [sizes], (), keepdims=0)
+        zero, one = (self.constant(np.array(number), "number") for number in (0, 1))
+        numbers = self.shared("Range", [zero, count, one], None)
+        return self.shared("Reshape", [numbers, sizes], None)
+
     def sizes(self, dims: tuple[Dim, ...], have: tuple[Dim, ...], *, copy: bool) -> New:
         """A shape tensor; sizes that are no numbers are read off the captures."""
         items = shape_items(dims, have, copy)
@@ -421,13 +693,32 @@ class Builder:
         raise self.unmet(f"the size {dim} cannot be read off any captured value", self._found.root)
 
     def in_root_axes(self, result: New) -> New:
-        """The result with its axes in the order of the root, where the letters of the pattern stand in another."""
+        """The result with its axes as the root has them, where the pattern's result has them in another order."""
         found = self._found
+        if found.plan.inner:
+            return self._in_root_layout(result)
         order = [axis for letter in letters_of(found.plan.dims) for axis in found.state.letters.get(letter, ())]
-        if order == sorted(order) or found.plan.is_grouped:
+        if order == sorted(order):
             return result
         back = sorted(range(len(order)), key=lambda index: order[index])
-        return self.Transpose(result, perm=back, dtype=result.dtype)  # type: ignore[no-any-return]
+        return self.shared("Transpose", [result], None, perm=back)
+
+    def _in_root_layout(self, result: New) -> New:
+        found = self._found
+        axes = found.ref.layout.axes
+        own = []
+        for token in found.plan.dims:
+            letters = (token,) if isinstance(token, str) else token
+            own.append(tuple(f for letter in letters for axis in found.state.letters[letter] for f in axes[axis]))
+        have = Layout(tuple(map(merge_neighbours, own)), found.ref.layout.offsets, found.ref.layout.source)
+        root = found.view.root(found.root)
+        wanted = found.view.peel(root).ref.layout if root is not None else have
+        if wanted == have:
+            return result
+        made = rearranged(self, result, have, wanted)
+        if made is None:
+            raise self.unmet(f"{found.root.name} does not lie in axes that the fused node's result has", found.root)
+        return made
 
     def require_kernels(self, target: Target) -> None:
         """Every new node has a kernel on the target, for its dtype and the model's opset.
@@ -451,12 +742,38 @@ class Builder:
         return Unmet(text, kind="dimension", verdict=Verdict.UNKNOWN, place=value.name)
 
 
-def _spread(ref: Ref, keep: int) -> Ref:
-    """Make broadcast axes size 1, but for the last `keep`, which are to be written out."""
+def _pieces_of(captures: Sequence[Captured | None], axis: int) -> Value | None:
+    """The value that these captures are cut from along an axis, one after the other and nothing left out."""
+    first = captures[0]
+    end: Dim = 0
+    for capture in captures:
+        if capture is None or first is None or capture.value is not first.value:
+            return None
+        layout = capture.ref.layout
+        if len(layout.axes) != len(layout.source):
+            return None
+        for own, factors in enumerate(layout.axes):
+            cut = own == axis
+            size = product(length for _, _, length in factors)
+            if factors != merge_neighbours([(own, 1, size)]) or layout.offsets[own] != (end if cut else 0):
+                return None
+            if not cut and size != layout.source[own]:
+                return None
+        end = end + layout.shape[axis]
+    return first.value if first is not None and end == first.ref.layout.source[axis] else None
+
+
+def _entries(bound: object) -> tuple[Entry, ...]:
+    """The parts of a `rest` capture; nothing for any other."""
+    return bound if isinstance(bound, tuple) and not isinstance(bound, Ref) else ()
+
+
+def _spread(ref: Ref, keep: int, full: Sequence[int] = ()) -> Ref:
+    """Make broadcast axes size 1, but for the last `keep`, which are to be written out, and those in `full`."""
     layout = ref.layout
     count = len(layout.axes) - keep
     axes = tuple(
-        () if index < count and all(source is None for source, *_ in axis) else axis
+        () if index < count and index not in full and all(source is None for source, *_ in axis) else axis
         for index, axis in enumerate(layout.axes)
     )
     return Ref(ref.value, Layout(axes, layout.offsets, layout.source))

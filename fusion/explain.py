@@ -25,6 +25,10 @@ CONE = 300
 """How many nodes below a root are known to belong to it; a formula has far fewer."""
 
 
+BESIDE = 24
+"""How many nodes below an anchor are asked for a missing fact."""
+
+
 class Explainer:
     """Finds near misses in one graph.
 
@@ -58,17 +62,34 @@ class Explainer:
         roots = self._roots(plan, anchor)
         most = min(FAR, plan.weight // 2 if spelled else (plan.weight - 1) // 2)
         for limit in sorted({min(limit, most) for limit in LIMITS}):
-            found = self._within(plan, roots, limit)
-            if any(not near.misses for near in found):
-                return []
+            reached = self._within(plan, roots, limit)
+            found = [near for near in reached if near.misses]
             if not spelled:  # where a fact is missing, something should be there that speaks for the pattern
                 found = [near for near in found if verdict_of(near.misses) is Verdict.NO]
             if found:
                 best = min(found, key=lambda near: near.unmet)
                 # A part of the formula may be nearer to it than the whole: then both are told.
                 outer = roots[: [root.name for root in roots].index(best.root)]
-                around = self._within(plan, outer, min(limit + 1, most))
-                return [best, *(near for near in around if not set(best.misses) <= set(near.misses))]
+                around = [near for near in self._within(plan, outer, min(limit + 1, most)) if near.misses]
+                told = [best, *(near for near in around if not set(best.misses) <= set(near.misses))]
+                return told + (self._unknown(plan, anchor) if limit else [])
+            if reached:
+                return []
+        return self._unknown(plan, anchor)
+
+    def _unknown(self, plan: Plan, anchor: Node) -> list[NearMiss]:
+        """That a rank is unknown near the anchor of a plan: then not much can be told of what is there."""
+        if anchor.key not in plan.operators:
+            return []
+        near = [anchor]
+        for node in near:
+            for value in filter(None, (*node.inputs, *node.outputs)):
+                if self.rewriter.facts.shape(value) is None:
+                    text = f"expected a known rank, found none for {value.name}"
+                    miss = Miss("dimension", text, Verdict.UNKNOWN, 1, value.name)
+                    return [NearMiss(plan.pattern.name, value.name, (miss,), plan.weight)]
+                if value.producer is not None and value.producer not in near and len(near) < BESIDE:
+                    near.append(value.producer)
         return []
 
     def privacy(self, pattern: Pattern, root: Value) -> list[Miss]:
@@ -97,7 +118,7 @@ class Explainer:
         wide = replace(plan, operators=alike(plan.operators) | LIKE_SUMS, height=plan.height + 1)
         single = plan.root.single
         last = alike(frozenset({single.name})) if isinstance(single, p.Op) else LIKE_SUMS
-        last |= LAYOUTS if plan.is_grouped else frozenset()
+        last |= LAYOUTS if plan.inner else frozenset()
         fits = [
             (value.producer.position, value)
             for value in self.rewriter.above(wide, anchor)

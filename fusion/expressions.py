@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False, slots=True)
 class Expr:
-    """A node of a traced pattern. `dims` are its axes in letters, groups opened; `tokens` the same with groups."""
+    """A node of a traced pattern. `dims` are its axes in letters, groups opened; `tokens` the same with groups.
+
+    `piece` says which piece of how many this is of its argument.
+    """
 
     kind: str
     args: tuple[Expr, ...] = ()
@@ -31,6 +34,7 @@ class Expr:
     capture: Capture | None = None
     call: Call | None = None
     tokens: Dims | None = None
+    piece: tuple[int, int] = (0, 1)
 
     def __add__(self, other: Operand) -> Expr:
         return _elementwise("add", self, other)
@@ -176,21 +180,24 @@ def softmax(x: Any, over: str | None = None) -> Any:
 
 
 def axes(x: Any, spec: str) -> Any:
-    """Rearrange axes: `"B S (H D) -> B H S D"` splits, merges and permutes them by name.
+    """Rearrange axes: `"B S (H D) -> B H S D"` splits, merges and permutes them by name; `1` is an axis of size 1.
 
     On arrays the size of a letter that a group hides is taken from `Pattern.reference(sizes=...)`.
     """
     before, arrow, after = spec.partition("->")
     if not arrow:
         raise misuse(f"axes wants `before -> after`, not {spec!r}")
-    (source, _), (target, _) = parse(before), parse(after)
+    added = [index for index, word in enumerate(after.split()) if word == "1"]
+    (source, _), (target, _) = parse(before), parse(" ".join(word for word in after.split() if word != "1"))
     if sorted(letters_of(source)) != sorted(letters_of(target)):
         raise misuse(f"axes {spec!r} must have the same letters on both sides")
     if isinstance(x, Expr):
         if letters_of(source) != (x.dims or ()):
             raise misuse(f"axes {spec!r} is applied to {spell_axes(x.dims or ())}")
         return Expr("axes", (x,), letters_of(target), tokens=target)
-    return _rearrange(np.asarray(x), source, target)
+    if not hasattr(x, "shape"):
+        return x  # an optional capture left out
+    return np.expand_dims(_rearrange(np.asarray(x), source, target), tuple(added))
 
 
 def along(x: Any, spec: str) -> Any:
@@ -203,8 +210,62 @@ def along(x: Any, spec: str) -> Any:
     return Expr("var", (), letters_of(tokens), name=x.name, capture=x.capture, tokens=tokens)
 
 
-def _rearrange(array: Any, source: Dims, target: Dims) -> Any:
-    sizes: dict[str, int] = dict(sizes_given.get())
+def pieces(x: Any, spec: str, count: int) -> tuple[Any, ...]:
+    """The pieces of a capture along one of its letters, which `"... (K P) -> K ... P"` brings to the front.
+
+    Halves of an axis are its pieces along K of `(K P)`, every other element those along K of `(P K)`.
+    """
+    letter, source, target = _along(spec)
+    if not isinstance(x, Expr):
+        return tuple(_rearrange(np.asarray(x), source, (letter, *target), {letter: count}))
+    if x.kind != "var" or x.tokens != source:
+        raise misuse(f"pieces {spec!r} are taken of a capture with these axes, not of {spell_axes(x.dims or ())}")
+    return tuple(Expr("piece", (x,), target, letters=(letter,), piece=(index, count)) for index in range(count))
+
+
+def join(parts: Sequence[Any], spec: str) -> Any:
+    """The inverse of `pieces`: stacked along a new letter, which `"K ... P -> ... (K P)"` merges into another axis."""
+    before, arrow, after = spec.partition("->")
+    letter, grouped, single = _along(f"{after} {arrow} {before}")
+    if not any(isinstance(part, Expr) for part in parts):
+        return _rearrange(np.stack(np.broadcast_arrays(*parts)), (letter, *single), grouped, {letter: len(parts)})
+    expressions = tuple(as_expr(part) for part in parts)
+    for part in expressions:
+        if part.dims != single:
+            raise misuse(f"join {spec!r} is applied to {spell_axes(part.dims or ())}")
+    groups = [token for token in grouped if not isinstance(token, str)]
+    if len(groups) != 1 or len(groups[0]) != 2 or letter not in groups[0]:
+        raise misuse(f"join {spec!r} must merge {letter!r} with one other letter")
+    return Expr("join", expressions, letters_of(grouped), letters=(letter,), tokens=grouped)
+
+
+def concat(parts: Sequence[Any], spec: str) -> Any:
+    """Parts of any length one after the other along the last axis; `spec` names the axes of the result."""
+    if not any(isinstance(part, Expr) for part in parts):
+        return np.concatenate(parts, axis=-1)
+    tokens, _ = parse(spec)
+    expressions = tuple(as_expr(part) for part in parts)
+    last = tuple((part.tokens or part.dims or ())[-1:] for part in expressions)
+    for part in expressions:
+        if tuple(part.tokens or part.dims or ())[:-1] != tokens[:-1] or not all(isinstance(t, str) for t in tokens):
+            raise misuse(f"concat {spec!r} is applied to {spell_axes(part.dims or ())}")
+    ends = tuple(token if isinstance(token, str) else "" for (token,) in last)
+    return Expr("concat", expressions, letters_of(tokens), letters=ends, tokens=tokens)
+
+
+def _along(spec: str) -> tuple[str, Dims, tuple[str, ...]]:
+    """Of `"... (K P) -> K ... P"` the letter in front, the axes with it, and those without."""
+    before, arrow, after = spec.partition("->")
+    (source, _), (target, _) = parse(before), parse(after)
+    if not arrow or sorted(letters_of(source)) != sorted(letters_of(target)) or not target or target[0] == ELLIPSIS:
+        raise misuse(f"{spec!r} must have the same letters on both sides, and one of them in front")
+    if not all(isinstance(token, str) for token in target):
+        raise misuse(f"{spec!r} merges axes where the pieces are")
+    return str(target[0]), source, letters_of(target[1:])
+
+
+def _rearrange(array: Any, source: Dims, target: Dims, given: Mapping[str, int] = _NO_SIZES) -> Any:
+    sizes: dict[str, int] = {**sizes_given.get(), **given}
     if ELLIPSIS in source:
         hidden = tuple(f"{ELLIPSIS}{index}" for index in range(array.ndim - len(source) + 1))
         source, target = _spread(source, hidden), _spread(target, hidden)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from onnx import ModelProto
@@ -28,20 +29,22 @@ def given_feeds(inputs: Inputs, model: ModelProto, names: Sequence[str]) -> Iter
         ModelError: the file cannot be read, an input is missing, or has another type or shape than is declared.
     """
     if isinstance(inputs, str | os.PathLike):
-        label = os.fspath(inputs)
-        yield Feed(label, _take(_read_npz(Path(inputs)), model, names, label))
-        return
-    several = [inputs] if isinstance(inputs, Mapping) else inputs
-    for number, values in enumerate(several):
-        label = "given inputs" if len(several) == 1 else f"given inputs {number}"
+        sets = {os.fspath(inputs): _read_npz(Path(inputs))}
+    elif isinstance(inputs, Mapping):
+        sets = {"given inputs": inputs}
+    else:
+        sets = {f"given inputs {number}": values for number, values in enumerate(inputs)}
+    if not sets:
+        raise ModelError("no inputs were given: an empty list holds none")
+    for label, values in sets.items():
         yield Feed(label, _take(values, model, names, label))
 
 
-def _read_npz(path: Path) -> Values:
+def _read_npz(path: Path) -> Mapping[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, BadZipFile) as error:
         raise ModelError(f"{path}: not an .npz file of inputs ({error})") from error
 
 
@@ -51,18 +54,15 @@ def _take(values: Mapping[str, Any], model: ModelProto, names: Sequence[str], la
     taken = {name: np.asarray(values[name]) if np.isscalar(values[name]) else values[name] for name in names}
     for info in model.graph.input:
         value = taken.get(info.name)
-        if isinstance(value, np.ndarray) and info.type.HasField("tensor_type"):
-            _fits(value, Input.declared(info), label)
+        if not isinstance(value, np.ndarray) or not info.type.tensor_type.elem_type:
+            continue
+        declared, place = Input.declared(info), f"{label}: input {info.name!r}"
+        if value.dtype != declared.dtype and declared.dtype.kind != "O":
+            raise ModelError(f"{place} is {value.dtype}, the model takes {declared.dtype}")
+        shape = declared.shape
+        if shape is not None and (
+            value.ndim != len(shape)
+            or any(isinstance(d, int) and d != size for size, d in zip(value.shape, shape, strict=True))
+        ):
+            raise ModelError(f"{place} has shape {list(value.shape)}, the model takes [{', '.join(map(str, shape))}]")
     return taken
-
-
-def _fits(value: np.ndarray[Any, Any], declared: Input, label: str) -> None:
-    if value.dtype != declared.dtype and declared.dtype.kind != "O":
-        raise ModelError(f"{label}: input {declared.name!r} is {value.dtype}, the model takes {declared.dtype}")
-    shape = declared.shape
-    if shape is None:
-        return
-    fixed = zip(value.shape, shape, strict=False)
-    if value.ndim != len(shape) or any(isinstance(d, int) and d != size for size, d in fixed):
-        wanted = f"[{', '.join(map(str, shape))}]"
-        raise ModelError(f"{label}: input {declared.name!r} has shape {list(value.shape)}, the model takes {wanted}")

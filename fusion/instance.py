@@ -154,6 +154,12 @@ class _Drawing:
             self.numbers, absent, tuple(self.traps),
         )  # fmt: skip
 
+    @property
+    def appended(self) -> set[str]:
+        """The captures that a Concat takes as they are: it broadcasts nothing."""
+        concats = [atom for atom in atoms(self.plan.root) if isinstance(atom, p.Concat)]
+        return {part.single.name for atom in concats for part in atom.parts if isinstance(part.single, p.Var)}
+
     # -- captures -----------------------------------------------------------------------------------------------------
 
     def _capture(self, name: str, capture: Capture) -> None:
@@ -172,7 +178,13 @@ class _Drawing:
         """What is computed from the model's input: read directly, after another node, or in other axes."""
         draw, sizes = self.draw, self.sizes
         missing = 0
-        if dims[0] == ELLIPSIS and sizes.letters[ELLIPSIS] and self.tensors and draw.chance(6):
+        if (
+            dims[0] == ELLIPSIS
+            and sizes.letters[ELLIPSIS]
+            and self.tensors
+            and name not in self.appended
+            and draw.chance(6)
+        ):
             missing = draw.index(len(sizes.letters[ELLIPSIS])) + 1
             self.traps.append(f"{name} is broadcast")
         axes = sizes.groups(dims)[missing:]

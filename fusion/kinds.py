@@ -11,18 +11,37 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from onnx import ModelProto
 
 from fusion.errors import ModelError
 
 
-def read(source: Any) -> tuple[str, ModelProto, Path | None]:
-    """Return the kind of a source in memory, its ModelProto, and the folder of its external data where it knows one.
+def serialized(proto: ModelProto, label: str) -> bytes:
+    """Return the model as protobuf writes it, or raise a ModelError."""
+    try:
+        data: bytes = proto.SerializeToString()
+    except (EncodeError, ValueError) as error:
+        raise ModelError(
+            f"{label}: protobuf cannot write it ({error}): if it is larger than 2 GB, keep its weights as external data"
+        ) from None
+    return data
+
+
+def read(source: Any) -> tuple[str, bytes, Path | None]:
+    """Return the kind of a source in memory, its bytes, and the folder of its external data where it knows one.
 
     Raises:
         TypeError: no kind of model that we know.
-        ModelError: the library cannot write its graph as ONNX.
+        ModelError: the library or protobuf cannot write it as ONNX.
     """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return "bytes", bytes(source), None
+    kind, proto, directory = _proto(source)
+    return kind, serialized(proto, "the model"), directory
+
+
+def _proto(source: Any) -> tuple[str, ModelProto, Path | None]:
     if isinstance(source, ModelProto):
         return "proto", source, None
     # A graph of a library that nobody has imported cannot exist: so neither library is imported to find out.
@@ -56,8 +75,5 @@ def build(kind: str, proto: ModelProto, directory: Path | None) -> Any:
 
 def _ir_directory(ir: Any, model: Any) -> Path | None:
     """Return the folder that the model's external tensors name; they all come from one file."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                return Path(value.const_value.base_dir)
-    return None
+    values = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return next((Path(value.base_dir) for value in values if isinstance(value, ir.ExternalTensor)), None)

@@ -28,12 +28,15 @@ from fusion.expressions import (
     as_expr,
     axes,
     chain,
+    concat,
     either,
     erf,
     exp,
+    join,
     keep,
     mean,
     misuse,
+    pieces,
     sigmoid,
     sizes_given,
     softmax,
@@ -45,9 +48,9 @@ from fusion.expressions import (
 )
 
 __all__ = [
-    "ELLIPSIS", "Capture", "Dims", "Emit", "Expr", "Pattern", "along", "axes", "chain", "either", "erf", "exp", "keep",
-    "letters_of", "mean", "optional", "pattern", "rest", "scalar", "sigmoid", "softmax", "sqrt", "tanh", "tensor",
-    "walk",
+    "ELLIPSIS", "Capture", "Dims", "Emit", "Expr", "Pattern", "along", "axes", "chain", "concat", "either", "erf",
+    "exp", "join", "keep", "letters_of", "mean", "optional", "pattern", "pieces", "rest", "scalar", "sigmoid",
+    "softmax", "sqrt", "tanh", "tensor", "walk",
 ]  # fmt: skip
 
 
@@ -69,10 +72,14 @@ Emission = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """One way to write a match: for which targets, and the function that builds the nodes."""
+    """One way to write a match: for which targets, and the function that builds the nodes.
+
+    `last`: only where no other pattern can be written any more.
+    """
 
     targets: tuple[str, ...]
     build: Emission
+    last: bool = False
 
 
 @dataclass(eq=False)
@@ -118,6 +125,11 @@ class Pattern:
         return tuple(dict.fromkeys(target for emission in self.emissions for target in emission.targets))
 
     @property
+    def is_last(self) -> bool:
+        """Whether all its emissions wait until no other pattern can be written any more."""
+        return bool(self.emissions) and all(emission.last for emission in self.emissions)
+
+    @property
     def dims(self) -> Dims:
         """Axes of the result."""
         return self.result.tokens or tuple(self.result.dims or ())
@@ -158,7 +170,7 @@ class Pattern:
 
     def _check_groups(self, expr: Expr) -> None:
         """A group of a capture must be split before its letters mean anything."""
-        if expr.kind in ("axes", "call", "keep"):
+        if expr.kind in ("axes", "call", "keep", "piece"):
             return
         for arg in expr.args:
             for token in arg.tokens or () if arg.kind == "var" else ():
@@ -197,11 +209,14 @@ class Pattern:
         given = tuple(argument for argument in arguments.values() if argument is not None)
         return Expr("call", given, dims, call=Call(self, arguments, letters), tokens=tokens)
 
-    def emit(self, *targets: str) -> Callable[[Emission], Emission]:
-        """Register a way to write a match for these targets; earlier registrations are preferred."""
+    def emit(self, *targets: str, last: bool = False) -> Callable[[Emission], Emission]:
+        """Register a way to write a match for these targets; earlier registrations are preferred.
+
+        With `last` it waits until no other pattern can be written any more: it takes parts that others are made of.
+        """
 
         def register(build: Emission) -> Emission:
-            self.emissions.append(Emit(targets, build))
+            self.emissions.append(Emit(targets, build, last))
             return build
 
         return register
@@ -229,7 +244,10 @@ class Pattern:
 def _unify(dims: Dims, argument: Expr, letters: dict[str, tuple[str, ...]], place: str) -> None:
     """Bind the callee's letters to the caller's, right-aligned; `...` takes what is left."""
     own = letters_of(dims)
-    given = [letters_of((token,)) for token in argument.tokens or argument.dims or ()]
+    tokens: Dims = argument.tokens or argument.dims or ()
+    if any(not isinstance(token, str) for token in dims) and len(tokens) == len(dims):  # group for group
+        tokens = letters_of(tokens)
+    given = [letters_of((token,)) for token in tokens]
     front = own.index(ELLIPSIS) if ELLIPSIS in own else len(own)
     back = own[front + 1 :]
     if len(given) < len(own) - (ELLIPSIS in own) or (ELLIPSIS not in own and len(given) != len(own)):

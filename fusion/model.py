@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from fusion import check, external, kinds, output, payload, wire
 from fusion.derived import Recipe
 from fusion.errors import ModelError
+from fusion.store import BytesStore, FileStore, Payload, Piece, Store, join
 
 Array = np.ndarray[Any, Any]
 
@@ -31,19 +32,17 @@ class Model:
         path: the file it was loaded from, or None.
         directory: where external data lies, or None where that is not known.
         kind: what it was loaded from: "path", "bytes", "proto", "graphsurgeon" or "ir".
-        edited: whether someone says that the shell was changed; where not, `save` looks.
         notes: what was put right on loading, one sentence each.
+        unedited: the serialized shell as it was loaded.
     """
 
-    def __init__(
-        self, store: payload.Store, proto: ModelProto, *, path: Path | None, directory: Path | None, kind: str
-    ) -> None:
+    def __init__(self, store: Store, proto: ModelProto, path: Path | None, directory: Path | None, kind: str) -> None:
         self.proto = proto
         self.path = path
         self.directory = directory
         self.kind = kind
-        self.edited = False
         self.notes: list[str] = []
+        self.unedited = b""
         self._store = store
         self._derived: list[Recipe] = []  # markers name a store, and do not keep it alive
 
@@ -60,31 +59,27 @@ class Model:
         Raises:
             ModelError: external data is missing or too short, or the data does not fit the tensor's shape and type.
         """
+        chunks = self._payloads(tensor)
+        if chunks:
+            tensor = payload.without_data(tensor)
+            for chunk in chunks:  # several runs of one field add up, as in the file
+                tensor.MergeFromString(wire.header(chunk.field, len(chunk)) + chunk.read())
         try:
-            return np.asarray(numpy_helper.to_array(self._complete(tensor)))
+            return np.asarray(numpy_helper.to_array(tensor))
         except (ValueError, TypeError, KeyError) as error:
             raise ModelError(f"{self.label}: the data of tensor {tensor.name!r} cannot be read: {error}") from None
 
-    def _complete(self, tensor: TensorProto) -> TensorProto:
+    def _payloads(self, tensor: TensorProto) -> list[Payload]:
         chunks = payload.marked(tensor)
-        if chunks is not None:
-            whole = payload.unmarked(tensor)
-            for chunk in chunks:  # several runs of one field add up, as in the file
-                whole.MergeFromString(wire.header(chunk.field, len(chunk)) + chunk.read())
-            return whole
-        if not external.is_external(tensor):
-            return tensor
-        reference = external.Reference(tensor, self.label)
+        if chunks is not None or tensor.data_location != TensorProto.EXTERNAL:
+            return chunks or []
+        reference = external.reference(tensor, self.label)
         if self.directory is None:
             raise ModelError(
                 f"the data of tensor {tensor.name!r} lies in the file {reference.location!r}, "
                 "and a model in memory has no folder: load it from its path"
             )
-        whole = payload.unmarked(tensor)
-        del whole.external_data[:]
-        store = payload.FileStore(reference.file(self.directory))
-        whole.raw_data = store.read(reference.offset, reference.length)
-        return whole
+        return [reference.payload(self.directory)]
 
     def derive(
         self,
@@ -93,7 +88,6 @@ class Model:
         axis: int = 0,
         *,
         transpose: Sequence[Sequence[int] | None] | None = None,
-        shape: Sequence[int] | None = None,
     ) -> TensorProto:
         """Return a new initializer whose values are worked out only when it is written: concatenated initializers.
 
@@ -102,67 +96,43 @@ class Model:
             parts: tensors of this model, one element type, of known shape: (D, N1), (D, N2), … along axis 1.
             axis: where the parts are put together, counted after their transposition.
             transpose: per part the permutation applied first, or None.
-            shape: what the result is reshaped to, if anything.
 
         Raises:
             ValueError: the parts do not fit together.
         """
-        recipe = Recipe(parts, axis, transpose, shape, self.array)
+        recipe = Recipe(parts, axis, transpose, self.array)
         self._derived.append(recipe)
         tensor = TensorProto(name=name, data_type=recipe.data_type, dims=recipe.shape)
-        payload.mark(tensor, [payload.Payload(recipe, payload.RAW_DATA, 0, len(recipe))])
+        payload.mark(tensor, [Payload(recipe, payload.RAW_DATA, 0, len(recipe))])
         return tensor
-
-    def copy(self) -> Model:
-        """Return a model whose shell can be edited apart from this one; payloads are shared, not copied."""
-        proto = ModelProto()
-        proto.CopyFrom(self.proto)
-        twin = Model(self._store, proto, path=self.path, directory=self.directory, kind=self.kind)
-        twin.edited, twin.notes, twin._derived = self.edited, list(self.notes), list(self._derived)
-        return twin
 
     # -- giving it back -----------------------------------------------------------------------------------------------
 
-    def pieces(self) -> list[wire.Piece]:
+    def pieces(self) -> list[Piece]:
         """Return the complete serialized model, as pieces; the source's own bytes where nothing was changed."""
-        if self.untouched():
-            return [payload.Payload(self._store, 0, 0, len(self._store))]
-        return payload.restore(self.serialized())
+        shell = self.serialized()
+        if shell == self.unedited:
+            return [Payload(self._store, 0, 0, len(self._store))]
+        return payload.restore(shell)
 
     def serialized(self) -> bytes:
         """Return the serialized shell."""
-        try:
-            data: bytes = self.proto.SerializeToString()
-        except (EncodeError, ValueError) as error:
-            raise ModelError(f"{self.label}: protobuf cannot write the model: {error}") from None
-        return data
-
-    def untouched(self) -> bool:
-        """Whether the shell says what the source says."""
-        if self.edited:
-            return False
-        again = ModelProto.FromString(payload.elide(self._store))
-        if self.notes:
-            check.sort(again)
-        return bool(again.SerializeToString() == self.serialized())
+        return kinds.serialized(self.proto, self.label)
 
     def to_proto(self) -> ModelProto:
         """Return the complete ModelProto, payloads filled in; external data stays external."""
         whole = ModelProto()
         try:
-            whole.MergeFromString(payload.join(self.pieces()))
+            whole.MergeFromString(join(self.pieces()))
         except DecodeError:
             raise ModelError(
                 f"{self.label}: with its weights it is larger than the 2 GB that protobuf can hold: save it to a file"
             ) from None
         return whole
 
-    def export(self, kind: str | None = None) -> Any:
-        """Return the model as `kind`, by default what it was loaded from; for "path" that is a complete ModelProto."""
-        kind = kind or self.kind
-        if kind == "bytes":
-            return payload.join(self.pieces())
-        return kinds.build(kind, self.to_proto(), self.directory)
+    def export(self) -> Any:
+        """Return the model as what it was loaded from; a complete ModelProto where that was a file."""
+        return join(self.pieces()) if self.kind == "bytes" else kinds.build(self.kind, self.to_proto(), self.directory)
 
 
 def load(source: Any, *, validate: bool = True) -> Model:
@@ -176,20 +146,33 @@ def load(source: Any, *, validate: bool = True) -> Model:
     Raises:
         ModelError: not an ONNX file, truncated, rejected by the checker, with a cycle, or without its external data.
     """
-    if isinstance(source, bytes | bytearray | memoryview):
-        return _load(payload.BytesStore(bytes(source)), None, None, "bytes", validate)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return _load(_open(path), path, path.parent, "path", validate)
-    kind, proto, directory = kinds.read(source)
+        store = _open(path)
+        model = Model(store, ModelProto(), path, path.parent, "path")
+    else:
+        kind, data, directory = kinds.read(source)
+        store = BytesStore(data)
+        model = Model(store, ModelProto(), None, directory, kind)
     try:
-        data = proto.SerializeToString()
-    except (EncodeError, ValueError):
-        raise ModelError(
-            "the model in memory is larger than the 2 GB that protobuf can write: "
-            "save it with external data and load the file"
-        ) from None
-    return _load(payload.BytesStore(data), None, directory, kind, validate)
+        shell = payload.elide(store)
+        model.proto.MergeFromString(shell)
+    except (wire.WireError, DecodeError) as error:
+        raise check.unreadable(model.label, store, error) from None
+    if not model.proto.HasField("graph"):
+        raise check.unreadable(model.label, store, None)
+    if validate:
+        try:
+            model.notes = check.validate(model.proto, shell, model.label)
+        except UnicodeDecodeError:  # in the checker's own message
+            raise ModelError(
+                f"{model.label} is damaged: a name in it is no UTF-8 text; fetch or export it again"
+            ) from None
+        if model.directory is not None:
+            for reference in external.references(shell, model.label):
+                reference.file(model.directory)
+    model.unedited = model.serialized()
+    return model
 
 
 def save(model: Model, destination: str | os.PathLike[str]) -> None:
@@ -205,33 +188,13 @@ def save(model: Model, destination: str | os.PathLike[str]) -> None:
     output.write(model, Path(destination))
 
 
-def _load(store: payload.Store, path: Path | None, directory: Path | None, kind: str, validate: bool) -> Model:
-    label = str(path) if path else "the model"
-    try:
-        shell = payload.elide(store)
-        model = Model(store, ModelProto.FromString(shell), path=path, directory=directory, kind=kind)
-    except (wire.WireError, DecodeError) as error:
-        raise check.unreadable(label, store, error) from None
-    if not model.proto.HasField("graph"):
-        raise check.unreadable(label, store, ValueError("no graph"))
-    if validate:
-        try:
-            model.notes = check.validate(model.proto, shell, label)
-        except UnicodeDecodeError:  # in the checker's own message
-            raise ModelError(f"{label} is damaged: a name in it is no UTF-8 text; fetch or export it again") from None
-        if directory is not None:
-            for reference in external.references(shell, label):
-                reference.file(directory)
-    return model
-
-
-def _open(path: Path) -> payload.Store:
+def _open(path: Path) -> Store:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise ModelError(f"{path} is a folder: give the path of the .onnx file in it")
         if not stat.S_ISREG(mode):  # a pipe can be read only once, and not in part
-            return payload.BytesStore(path.read_bytes())
-        return payload.FileStore(path)
+            return BytesStore(path.read_bytes())
+        return FileStore(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None

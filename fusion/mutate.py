@@ -22,6 +22,8 @@ OTHER = {
 
 PRIVACY = frozenset({"privacy"})
 
+LAYOUTS = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+
 ORDERED = frozenset({"Sub", "Div", "Pow", "MatMul", "Gemm"})
 
 
@@ -93,6 +95,13 @@ class _Change:
     def pick(self, places: Sequence[Any]) -> Any:
         """One of the places, None where there are none."""
         return places[self.draw.index(len(places))] if places else None
+
+    def read(self) -> Any:
+        """A value that is to have another reader. One that only rearranges stays then, and less is saved."""
+        name = self.pick(self.interior)
+        laid = any(name in node.output and node.op_type in LAYOUTS for node in self.nodes)
+        self.expects = frozenset({"gain"}) if laid else frozenset()
+        return name
 
     def constants(self) -> dict[str, tuple[Callable[[Array], None], Array]]:
         """By name each constant's value, and how to set it."""
@@ -239,7 +248,7 @@ def _shape(change: _Change) -> str:
 
 
 def _consumer(change: _Change) -> str:
-    name = change.pick(change.interior)
+    name = change.read()
     if name is None:
         return ""
     change.graph.node.append(helper.make_node("Relu", [name], ["read"]))
@@ -248,7 +257,7 @@ def _consumer(change: _Change) -> str:
 
 
 def _output(change: _Change) -> str:
-    name = change.pick(change.interior)
+    name = change.read()
     if name is None:
         return ""
     change.output(name)
@@ -257,7 +266,7 @@ def _output(change: _Change) -> str:
 
 def _capture(change: _Change) -> str:
     """The body of an If reads a value."""
-    name = change.pick(change.interior)
+    name = change.read()
     if name is None:
         return ""
     bodies = {
@@ -279,7 +288,7 @@ KINDS: Mapping[str, tuple[Callable[[_Change], str], frozenset[str]]] = {
     "constant": (_constant, frozenset({"constant", "operator"})),
     "operator": (_operator, frozenset({"operator", "constant", "arity"})),
     "attribute": (_attribute, frozenset({"attribute", "dimension", "constant", "same value"})),
-    "order": (_order, frozenset({"operator", "constant", "arity", "dimension"})),
+    "order": (_order, frozenset({"operator", "constant", "arity", "dimension", "attribute"})),
     "value": (_value, frozenset({"same value", "operator", "arity"})),
     "dimension": (_dimension, frozenset({"dimension", "arity", "constant"})),
     "shape": (_shape, frozenset({"dimension"})),

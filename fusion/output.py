@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto
 
-from fusion import external, payload, wire
+from fusion import external, payload, store
 from fusion.derived import Recipe
 from fusion.errors import ModelError, OutputError
+from fusion.store import FileStore, Payload, Piece
 
 if TYPE_CHECKING:
     from fusion.model import Model
@@ -28,100 +29,109 @@ _ALIGNMENT = 4096  # of tensors in a data file, so that a runtime can map them
 def write(model: Model, destination: Path) -> None:
     """Write the model and its external data; see `fusion.model.save`."""
     _check_destination(destination)
-    files = _Files()
     try:
-        _write(model, destination, files)
-        files.commit()
+        with TemporaryDirectory(prefix=".", suffix=".part", dir=destination.parent) as folder:
+            complete: list[tuple[Path, Path]] = []
+            for target, pieces in _files(model, destination):
+                temporary = Path(folder, str(len(complete)))
+                with open(temporary, "xb") as file:
+                    store.write(pieces, file)
+                complete.append((temporary, target))
+            for temporary, target in complete:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    shutil.copymode(target, temporary)
+                shutil.move(temporary, target)  # a rename, but for data folders that lie on another disk
     except OSError as error:
         raise OutputError(f"{destination} cannot be written: {error.strerror or error}") from error
-    finally:
-        files.discard()
 
 
-def _write(model: Model, destination: Path, files: _Files) -> None:
+def _files(model: Model, destination: Path) -> Iterator[tuple[Path, list[Piece]]]:
+    """Yield the files to be written and what goes into them, the model after its data."""
     pieces = model.pieces()
     shell = model.serialized()
     found = external.references(shell, model.label)
-    if model.directory is not None and found:
-        for source, copy in _copies(model.directory, found, destination):
-            external.copy(source, files.beside(copy))
+    if model.directory is not None:
+        yield from _copies(model.directory, found, destination)
     if found or _size(pieces) > LARGEST:
         # A model that keeps its weights outside, or has no room for more, gets its new ones outside as well.
-        spilled = _spill(shell, destination, {reference.location for reference in found}, files)
-        if spilled is not None:
+        target = _data_file(destination, {reference.location for reference in found})
+        data: list[Piece] = []
+        spilled = _spill(shell, target.name, data)
+        if data:
+            if target.exists() and target.name not in _locations_in(destination):
+                raise OutputError(f"{target} is in the way of the model's new weights: remove it, or save elsewhere")
+            yield target, data
             pieces = payload.restore(spilled)
     if _size(pieces) > LARGEST:
         raise OutputError(
             f"{destination}: the model takes {_size(pieces):,} bytes, and protobuf stops at 2 GB: "
             "keep its weights as external data"
         )
-    with open(files.beside(destination), "xb") as file:
-        payload.write(pieces, file)
+    yield destination, pieces
 
 
-def _copies(directory: Path, found: list[external.Reference], destination: Path) -> list[tuple[Path, Path]]:
-    """Return the data files to copy, having made sure that the destination is none of them."""
-    for reference in found:
-        if destination.exists() and destination.samefile(reference.file(directory)):
-            raise OutputError(f"{destination} holds the model's own weights: choose another destination")
-    if directory.resolve() == destination.parent.resolve():
-        return []
-    return external.plan_copies(found, directory, destination.parent, _locations_in(destination))
+def _copies(directory: Path, found: list[external.Reference], destination: Path) -> Iterator[tuple[Path, list[Piece]]]:
+    """Yield the data files that must be copied so that the model finds its data beside the destination.
+
+    Nothing where both are one folder, or where the files are there already with the same content. A different file of
+    that name is replaced only if the model that is being replaced keeps its data in it: nobody else's weights are
+    overwritten.
+    """
+    files = {reference.location: reference.file(directory) for reference in found}
+    if destination.exists() and any(map(destination.samefile, files.values())):
+        raise OutputError(f"{destination} holds the model's own weights: choose another destination")
+    owned = _locations_in(destination)
+    for location, file in files.items():
+        target = destination.parent / location
+        if target.exists():
+            if target.samefile(file):
+                continue
+            if location not in owned:
+                if filecmp.cmp(file, target, shallow=False):
+                    continue
+                raise OutputError(
+                    f"{target} exists with other content, and the model's external data would replace it: "
+                    "choose another folder, or remove the file"
+                )
+        data = FileStore(file)  # open only while it is copied: there may be a file per tensor
+        yield target, [Payload(data, 0, 0, len(data))]
 
 
 def _locations_in(path: Path) -> set[str]:
     """Return the data files of the model that is about to be replaced; none where there is no readable model."""
     try:
-        store = payload.FileStore(path)
-        shell = payload.elide(store)
-        return {reference.location for reference in external.references(shell)}
+        return {reference.location for reference in external.references(payload.elide(FileStore(path)))}
     except (OSError, ValueError, DecodeError, ModelError):
         return set()
 
 
-def _spill(shell: bytes, destination: Path, taken: set[str], files: _Files) -> bytes | None:
-    """Write the derived initializers to a data file of their own and return the shell that refers to it.
+def _data_file(destination: Path, taken: set[str]) -> Path:
+    names = (f"{destination.name}.fused{f'-{number}' if number > 1 else ''}.data" for number in count(1))
+    return destination.parent / next(name for name in names if name not in taken)
 
-    None where there are none. Raises OutputError where a foreign file has the name.
-    """
-    location = next(name for name in _data_names(destination.name) if name not in taken)
-    target = destination.parent / location
-    data: IO[bytes] | None = None
 
-    def edit(start: int, stop: int) -> list[wire.Piece] | None:
-        nonlocal data
-        tensor = TensorProto.FromString(shell[start:stop])
+def _spill(shell: bytes, location: str, data: list[Piece]) -> bytes:
+    """Return the shell with its derived initializers in a file of that name, whose content is appended to `data`."""
+
+    def edit(tensor: TensorProto) -> list[Piece] | None:
         chunks = payload.marked(tensor)
         if chunks is None or not isinstance(chunks[0].store, Recipe):
             return None
-        if data is None:
-            if target.exists() and location not in _locations_in(destination):
-                raise OutputError(f"{target} is in the way of the model's new weights: remove it, or save elsewhere")
-            data = open(files.beside(target), "xb")  # noqa: SIM115 - closed below, and opened only where it is needed
-        data.seek(-data.tell() % _ALIGNMENT, os.SEEK_CUR)
-        entries = {"location": location, "offset": data.tell(), "length": len(chunks[0])}
-        payload.write(chunks, data)
-        outside = payload.unmarked(tensor)
+        data.append(bytes(-_size(data) % _ALIGNMENT))
+        entries = {"location": location, "offset": _size(data), "length": len(chunks[0])}
+        data.extend(chunks)
+        outside = payload.without_data(tensor)
         outside.data_location = TensorProto.EXTERNAL
         for key, value in entries.items():
             outside.external_data.add(key=key, value=str(value))
         return [outside.SerializeToString()]
 
-    try:
-        pieces = wire.replace_tensors(payload.BytesStore(shell), payload.occurrences(shell, payload.MARKER), edit)
-    finally:
-        if data is not None:
-            data.close()
-    return None if data is None else payload.join(pieces)
+    return store.join(payload.replace(shell, payload.MARKER, edit))
 
 
-def _data_names(name: str) -> Iterator[str]:
-    yield f"{name}.fused.data"
-    yield from (f"{name}.fused-{number}.data" for number in count(2))
-
-
-def _size(pieces: list[wire.Piece]) -> int:
-    return sum(len(piece) for piece in pieces)
+def _size(pieces: list[Piece]) -> int:
+    return sum(map(len, pieces))
 
 
 def _check_destination(destination: Path) -> None:
@@ -134,39 +144,3 @@ def _check_destination(destination: Path) -> None:
             raise OutputError(f"{destination} is no regular file: give the name of one")
         if not os.access(destination, os.W_OK):
             raise OutputError(f"{destination} is write-protected")
-
-
-class _Files:
-    """Files being written beside their targets: all of them take their names in the end, or none is left."""
-
-    def __init__(self) -> None:
-        self.pending: list[tuple[Path, Path]] = []
-        self.folders: list[Path] = []
-
-    def beside(self, target: Path) -> Path:
-        """Return a path in the target's folder that is free."""
-        for folder in (*reversed(target.parent.parents), target.parent):
-            if not folder.exists():
-                folder.mkdir()
-                self.folders.append(folder)
-        temporary = target.parent / f".{secrets.token_hex(8)}.part"
-        self.pending.append((temporary, target))
-        return temporary
-
-    def commit(self) -> None:
-        """Give every file its name; the model, which was added last, after its data."""
-        while self.pending:
-            temporary, target = self.pending[0]
-            if target.exists():
-                shutil.copymode(target, temporary)
-            os.replace(temporary, target)
-            del self.pending[0]
-        self.folders.clear()
-
-    def discard(self) -> None:
-        """Remove what has not been given its name."""
-        for temporary, _ in self.pending:
-            temporary.unlink(missing_ok=True)
-        for folder in reversed(self.folders):
-            with suppress(OSError):
-                folder.rmdir()

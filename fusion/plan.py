@@ -10,15 +10,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fusion.errors import PatternError
 from fusion.language import Capture, Dims, Expr, Pattern, walk
 from fusion.terms import Atom, Group, Item, Prod, Sum, add, leaf, multiply, number, power
 
 
+class Piece(NamedTuple):
+    """Number `at` of `size` pieces along a letter."""
+
+    letter: str
+    at: int
+    size: int
+
+
 class Var(NamedTuple):
-    """A capture, read along the letters of `dims`."""
+    """A capture, read along the letters of `dims`; of a `piece`, these are the axes of the whole."""
 
     name: str
     dims: Dims | None = None
+    piece: Piece | None = None
 
 
 class Op(NamedTuple):
@@ -50,6 +60,22 @@ class MatMul(NamedTuple):
     letters: tuple[str, ...]
 
 
+class Join(NamedTuple):
+    """Pieces side by side along a letter, which `dims` merges with another one."""
+
+    parts: tuple[Prod, ...]
+    letter: str
+    dims: Dims
+
+
+class Concat(NamedTuple):
+    """Parts one after the other along the last axis of `dims`; `letters` are those of the parts there, if single."""
+
+    parts: tuple[Prod, ...]
+    letters: tuple[str, ...]
+    dims: Dims
+
+
 class Fused(NamedTuple):
     """A node of one of the operators that `pattern` reads."""
 
@@ -69,11 +95,12 @@ class Kept(NamedTuple):
 
 
 SPELLINGS: Mapping[str, frozenset[str]] = {
-    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}),
+    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "InstanceNormalization"}),
     "softmax": frozenset({"Softmax"}),
     "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul"}),
-    "root": frozenset({"Sqrt", "Pow", "ReduceL2"}),
+    "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
+    "concat": frozenset({"Concat"}),
 }
 """Operators that may spell a part of a formula."""
 
@@ -107,6 +134,7 @@ class Plan:
     Attributes:
         root: the normal form of its result.
         dims: axes of the result.
+        inner: the letters of what a result with merged axes, such as `B S (H E)`, rearranges; else empty.
         anchors: for each mandatory part, the operators that may spell it; the rarest in a graph is the anchor.
         operators: every operator that may spell a part.
         height: how many of these may stand between an anchor and the root.
@@ -118,6 +146,7 @@ class Plan:
     pattern: Pattern
     root: Prod
     dims: Dims
+    inner: tuple[str, ...]
     captures: Mapping[str, Capture]
     kept: tuple[str, ...]
     anchors: tuple[frozenset[str], ...]
@@ -128,9 +157,15 @@ class Plan:
     reads: frozenset[str]
 
     @property
-    def is_grouped(self) -> bool:
-        """Whether the result has merged axes, such as `(H E)`."""
-        return any(isinstance(token, tuple) for token in self.dims)
+    def ends_in_product(self) -> bool:
+        """Whether all of the formula but one contraction may be absent, or is a number."""
+        items = self.root.single.items if isinstance(self.root.single, Sum) else (Item(1.0, self.root.factors),)
+        needed = [item for item in items if not self._is_kind(item.factors[0][0], "optional")]
+        atoms = [atom for item in needed for atom, _ in item.factors if not self._is_kind(atom, "scalar")]
+        return len(atoms) == 1 and isinstance(atoms[0], MatMul)
+
+    def _is_kind(self, atom: Atom, kind: str) -> bool:
+        return isinstance(atom, Var) and self.captures[atom.name].kind == kind
 
 
 def compile_pattern(pattern: Pattern) -> list[Plan]:
@@ -146,6 +181,7 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
                 pattern,
                 root,
                 pattern.dims,
+                _inner(pattern.result),
                 pattern.captures,
                 builder.kept_names,
                 anchors,
@@ -162,6 +198,17 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
         if not decisions:
             return plans
         decisions[-1] += 1
+
+
+def _inner(result: Expr) -> tuple[str, ...]:
+    """The letters of the value that a result with merged axes rearranges; pieces that are joined rearrange nothing."""
+    if result.kind == "join" or all(isinstance(token, str) for token in result.tokens or ()):
+        return ()
+    if result.call is not None:
+        bound = result.call.letters
+        inner = _inner(result.call.pattern.result)
+        return tuple(outer for letter in inner for outer in bound.get(letter, (letter,)))
+    return tuple(result.args[0].dims or ())
 
 
 class _Builder:
@@ -228,9 +275,25 @@ class _Builder:
             return leaf(MatMul(self.factor(args[0], frame), self.factor(args[1], frame), letters))
         if expr.kind in ("axes", "keep"):
             return self.factor(args[0], frame)
+        if expr.kind == "piece":
+            return leaf(self.piece(expr, letters[0], frame))
+        if expr.kind == "join":
+            parts = tuple(self.factor(arg, frame) for arg in args)
+            return leaf(Join(parts, letters[0], frame.renamed(expr.tokens or ())))
+        if expr.kind == "concat":
+            parts = tuple(self.factor(arg, frame) for arg in args)
+            ends = tuple(frame.letters.get(end, (end,))[0] for end in expr.letters)
+            return leaf(Concat(parts, ends, frame.renamed(expr.tokens or ())))
         if expr.kind == "either":
             return self.factor(args[self.decide(len(args))], frame)
         return self._call(expr, frame)
+
+    def piece(self, expr: Expr, letter: str, frame: _Frame) -> Var:
+        """A piece of a capture: of the pattern's own, however deep the call is that cuts it."""
+        whole = self.term(expr.args[0], frame).single
+        if not isinstance(whole, Var) or whole.piece is not None:
+            raise PatternError(f"{frame.pattern.name} takes pieces of {expr.args[0].name!r}, which is no whole capture")
+        return whole._replace(piece=Piece(letter, *expr.piece))
 
     def _call(self, expr: Expr, frame: _Frame) -> Prod:
         call = expr.call
@@ -279,6 +342,16 @@ class _Frame:
                 if arg.kind == "var":
                     self.used[arg.name] += 1
 
+    def renamed(self, dims: Dims) -> Dims:
+        """Axes of this formula in the letters of the pattern that is built."""
+        renamed: list[str | tuple[str, ...]] = []
+        for token in dims:
+            if isinstance(token, str):
+                renamed.extend(self.letters.get(token, (token,)))
+            else:
+                renamed.append(tuple(outer for own in token for outer in self.letters.get(own, (own,))))
+        return tuple(renamed)
+
 
 def children(atom: Atom) -> Iterator[Prod]:
     """The terms below an atom of a plan."""
@@ -292,6 +365,8 @@ def children(atom: Atom) -> Iterator[Prod]:
     elif isinstance(atom, MatMul):
         yield atom.left
         yield atom.right
+    elif isinstance(atom, Join | Concat):
+        yield from atom.parts
     elif isinstance(atom, Fused):
         for _, argument in atom.arguments:
             if argument is not None:
@@ -311,7 +386,7 @@ def _height(term: Prod) -> int:
     """The longest chain of operators that are not arithmetic."""
     tallest = 0
     for atom, _ in term.factors:
-        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Fused) else 0
+        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Join | Concat | Fused) else 0
         tallest = max([tallest, own, *(own + _height(child) for child in children(atom))])
     return tallest
 
@@ -331,6 +406,8 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
                 yield SPELLINGS["softmax"]
             elif isinstance(atom, MatMul):
                 yield SPELLINGS["matmul"]
+            elif isinstance(atom, Join | Concat):
+                yield SPELLINGS["concat"]
             elif isinstance(atom, Fused):
                 yield frozenset(atom.pattern.readers)
         level = [child for current in level for atom, _ in current.factors for child in children(atom)]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from fusion.dims import Dim, divide, lower, product
+from fusion.dims import Dim, divide, equal, lower, product
+from fusion.verdict import Verdict
 
 Factor: TypeAlias = tuple[int | None, Dim, Dim]
 Axis: TypeAlias = tuple[Factor, ...]
@@ -171,3 +172,22 @@ def _nested(parts: Sequence[Factor], place: Dim) -> bool:
         else:
             return False
     return True
+
+
+def digits(factors: Iterable[Factor], dim: Dim) -> list[Factor] | None:
+    """The factors of one source axis from the outermost in, where they are the digits of that whole axis; else None.
+
+    >>> digits([(0, 1, 4), (0, 4, 3)], 12)
+    [(0, 4, 3), (0, 1, 4)]
+    """
+    ordered: list[Factor] = []
+    inner: Dim = 1
+    remaining = list(factors)
+    while remaining:
+        following = next((factor for factor in remaining if factor[1] == inner), None)
+        if following is None:
+            return None
+        remaining.remove(following)
+        ordered.insert(0, following)
+        inner = inner * following[2]
+    return ordered if equal(inner, dim) is Verdict.YES else None

@@ -99,7 +99,7 @@ def sources(state: State) -> list[Value]:
 
 def _needed(view: View, node: Node) -> list[Value]:
     """The inputs whose numbers a node computes with: of a rearrangement only the data, not the shape."""
-    inputs = node.inputs[:1] if view.rearranges(node) else node.inputs
+    inputs = node.inputs[:1] if node.op != "Concat" and view.rearranges(node) else node.inputs
     return [value for value in inputs if value is not None]
 
 

@@ -1,21 +1,23 @@
-"""What onnxruntime registers: operator schemas and kernels, read from the installed one, else from a snapshot.
+"""The operators that onnx and onnxruntime know: schemas and kernels.
 
 Schemas say which element types an operator takes; kernels say for which of them there is an implementation. Both are
-asked of the runtime itself, so they are right for the version at hand. The snapshot (written by
+asked of the libraries themselves, so they are right for the versions at hand. A snapshot (written by
 `tools/snapshot_kernels.py`) answers where onnxruntime is not installed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
-from onnx import AttributeProto, TensorProto, helper
+from onnx import AttributeProto, TensorProto, defs, helper
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
 NEWEST = 2**31 - 1  # end of the version range of a kernel that has no successor
@@ -33,33 +35,30 @@ _DATA_TYPES = {type_name(data_type): data_type for data_type in TensorProto.Data
 _FILLERS = {"INT": 1, "FLOAT": 1.0, "STRING": "", "INTS": [1], "FLOATS": [1.0], "STRINGS": [""]}
 
 
+Types = Mapping[str, frozenset[str]]
+
+
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """An operator from one opset on.
-
-    Attributes:
-        since: that opset.
-        deprecated: whether it may no longer be used.
-        inputs, outputs: names of the formal parameters with their types, a type variable or a type.
-        required, results: how many inputs and outputs there must be.
-        variadic: whether the last input repeats.
-        mixed: whether it repeats with types of its own, as Loop's does.
-        types: type variable → the types it may stand for.
-        defaults: attribute → its default, as a serialized AttributeProto.
-        needed: attributes without a default that must be given → their type.
-    """
+    """An operator from one opset on."""
 
     since: int
-    deprecated: bool
-    inputs: tuple[tuple[str, str], ...]
-    outputs: tuple[tuple[str, str], ...]
-    required: int
-    results: int
-    variadic: bool
-    mixed: bool
-    types: Mapping[str, frozenset[str]]
-    defaults: Mapping[str, bytes]
-    needed: Mapping[str, str]
+    inputs: Sequence[tuple[str, str]]  # name and type of the formal parameters; the type may be a variable
+    outputs: Sequence[tuple[str, str]]
+    required: int  # how many inputs there must be
+    results: int  # and how many outputs
+    types: Types  # type variable → the types it may stand for
+    deprecated: bool = False
+    variadic: bool = False  # the last input repeats
+    mixed: bool = False  # and with types of its own, as Loop's does
+    defaults: Mapping[str, bytes] = field(default_factory=dict)  # attribute → serialized AttributeProto
+    needed: Mapping[str, str] = field(default_factory=dict)  # attributes that must be given → their type
+
+    def parameter(self, slot: int) -> tuple[str, str] | None:
+        """Name and type of the formal parameter of an input slot, None where there is none."""
+        if slot < len(self.inputs):
+            return self.inputs[slot]
+        return self.inputs[-1] if self.variadic else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ class Kernel:
 
     first: int
     last: int
-    types: Mapping[str, frozenset[str]]
+    types: Types
 
     def serves(self, schema: Schema) -> bool:
         """Whether onnxruntime takes the kernel for the operator of that opset.
@@ -79,9 +78,30 @@ class Kernel:
 
 
 class Registry:
-    """The schemas and kernels of one onnxruntime."""
+    """The operators that a library knows.
 
-    version: str
+    Attributes:
+        label: what to call the library in a message.
+        newest_opset: of the standard operators, that it takes.
+        providers: those whose kernels are known.
+    """
+
+    label: str
+    newest_opset: int
+    providers: Sequence[str] = ()
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], dict[int, Schema]] = {}
+
+    def versions(self, op: str, domain: str) -> Mapping[int, Schema]:
+        """Return the operator's schemas by the opset they came with."""
+        found = self._known.get((domain, op))
+        if found is None:
+            found = self._known[domain, op] = {schema.since: schema for schema in self._read(op, domain)}
+        return found
+
+    def _read(self, op: str, domain: str) -> Iterable[Schema]:
+        raise NotImplementedError
 
     def schema(self, op: str, domain: str, opset: int) -> Schema | None:
         """Return the operator as that opset has it, None where it is not known or not yet."""
@@ -91,55 +111,49 @@ class Registry:
 
     def kernels(self, op: str, domain: str, provider: str) -> Sequence[Kernel]:
         """Return the provider's kernels for an operator, of all opsets."""
-        raise NotImplementedError
-
-    @property
-    def newest_opset(self) -> int:
-        """The newest opset of the standard operators that the runtime loads."""
-        raise NotImplementedError
-
-    @property
-    def providers(self) -> Sequence[str]:
-        """The providers whose kernels are known."""
-        raise NotImplementedError
+        return ()
 
     def loads_without_kernel(
         self, op: str, domain: str, opset: int, inputs: Sequence[int | None], provider: str
     ) -> bool:
         """Whether the runtime loads an operator that has no kernel: by casts, or by expanding its definition."""
-        raise NotImplementedError
+        return False
 
-    def versions(self, op: str, domain: str) -> Mapping[int, Schema]:
-        """Return the operator's schemas by the opset they came with."""
-        raise NotImplementedError
+
+class Standard(Registry):
+    """The installed onnx."""
+
+    label = "the installed onnx"
+    newest_opset = defs.onnx_opset_version()
+
+    def _read(self, op: str, domain: str) -> Iterator[Schema]:
+        before = NEWEST
+        with suppress(defs.SchemaError, TypeError):  # TypeError: a name that is no UTF-8 text comes as bytes
+            while True:
+                schema = _converted(defs.get_schema(op, before, domain))
+                yield schema
+                before = schema.since - 1
 
 
 class Installed(Registry):
     """The onnxruntime of this environment. Raises ImportError where there is none."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._runtime = import_module("onnxruntime")
-        self._state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-        self.version = self._runtime.__version__
+        state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+        self.version: str = self._runtime.__version__
+        self.label = f"onnxruntime {self.version}"
         self._tried: dict[bytes, bool] = {}
-        self._converted: dict[tuple[str, str], dict[int, Schema]] = {}
-
-    @cached_property
-    def _schemas(self) -> dict[tuple[str, str], list[Any]]:
-        table: dict[tuple[str, str], list[Any]] = {}
-        for schema in self._state.get_all_operator_schema():
-            table.setdefault((schema.domain, schema.name), []).append(schema)
-        return table
-
-    @cached_property
-    def _kernels(self) -> dict[tuple[str, str, str], list[Kernel]]:
-        table: dict[tuple[str, str, str], list[Kernel]] = {}
-        for kernel in self._state.get_all_opkernel_def():
+        self._schemas: dict[tuple[str, str], list[Any]] = defaultdict(list)
+        for schema in state.get_all_operator_schema():
+            self._schemas[schema.domain, schema.name].append(schema)
+        self._kernels: dict[tuple[str, str, str], list[Kernel]] = defaultdict(list)
+        for kernel in state.get_all_opkernel_def():
             types = {name: frozenset(types) for name, types in kernel.type_constraints.items()}
-            key = kernel.domain, kernel.op_name, kernel.provider
             first, last = kernel.version_range
-            table.setdefault(key, []).append(Kernel(first, last, types))
-        return table
+            self._kernels[kernel.domain, kernel.op_name, kernel.provider].append(Kernel(first, last, types))
+        self.providers = sorted({provider for _, _, provider in self._kernels})
 
     def operators(self) -> list[tuple[str, str]]:
         """Return (domain, operator) of every schema."""
@@ -148,27 +162,17 @@ class Installed(Registry):
     def kernels(self, op: str, domain: str, provider: str) -> Sequence[Kernel]:
         return self._kernels.get((domain, op, provider), ())
 
-    @property
-    def providers(self) -> Sequence[str]:
-        return sorted({provider for _, _, provider in self._kernels})
-
     @cached_property
-    def newest_opset(self) -> int:
-        newest = max(
-            schema.since_version for (domain, _), found in self._schemas.items() if not domain for schema in found
-        )
+    def newest_opset(self) -> int:  # type: ignore[override]
+        newest = max(schema.since_version for found in self._schemas.values() for schema in found if not schema.domain)
         return next(
             opset
             for opset in range(newest, 0, -1)
             if self._loads(_single("Identity", "", opset, ["tensor(float)"], 1, {}))
         )
 
-    def versions(self, op: str, domain: str) -> Mapping[int, Schema]:
-        found = self._converted.get((domain, op))
-        if found is None:
-            found = {schema.since_version: _converted(schema) for schema in self._schemas.get((domain, op), ())}
-            self._converted[domain, op] = found
-        return found
+    def _read(self, op: str, domain: str) -> Iterable[Schema]:
+        return map(_converted, self._schemas.get((domain, op), ()))
 
     def loads_without_kernel(
         self, op: str, domain: str, opset: int, inputs: Sequence[int | None], provider: str
@@ -199,75 +203,56 @@ class Snapshot(Registry):
     """An onnxruntime as it was once written down."""
 
     def __init__(self, text: str) -> None:
+        super().__init__()
         data = json.loads(text)
-        self.version = data["version"]
-        self._newest_opset: int = data["newest_opset"]
+        self.version: str = data["version"]
+        self.label = f"onnxruntime {self.version}"
+        self.newest_opset = data["newest_opset"]
         self._types: list[frozenset[str]] = [frozenset(types) for types in data["types"]]
         self._operators: dict[str, Any] = data["operators"]
+        self.providers = sorted({name for entry in self._operators.values() for name in entry.get("kernels", ())})
 
-    @property
-    def newest_opset(self) -> int:
-        return self._newest_opset
+    def _entry(self, op: str, domain: str, kind: str) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self._operators.get(f"{domain}::{op}", {}).get(kind, {})
+        return found
 
-    @property
-    def providers(self) -> Sequence[str]:
-        return sorted({provider for entry in self._operators.values() for provider in entry.get("kernels", ())})
+    def _read(self, op: str, domain: str) -> Iterator[Schema]:
+        for since, fields in self._entry(op, domain, "schemas").items():
+            read = {
+                "inputs": [(name, kind) for name, kind in fields["inputs"]],
+                "outputs": [(name, kind) for name, kind in fields["outputs"]],
+                "types": self._named(fields["types"]),
+                "defaults": {name: bytes.fromhex(value) for name, value in fields.get("defaults", {}).items()},
+            }
+            yield Schema(int(since), **{**fields, **read})
 
     def kernels(self, op: str, domain: str, provider: str) -> Sequence[Kernel]:
-        found = self._operators.get(f"{domain}::{op}", {}).get("kernels", {}).get(provider, ())
+        found = self._entry(op, domain, "kernels").get(provider, ())
         return [Kernel(first, last or NEWEST, self._named(types)) for first, last, types in found]
 
     def loads_without_kernel(
         self, op: str, domain: str, opset: int, inputs: Sequence[int | None], provider: str
     ) -> bool:
-        tried = self._operators.get(f"{domain}::{op}", {}).get("loads", {})
         floating = {data_type for data_type in inputs if data_type in FLOATING}
-        ranges = tried.get(str(floating.pop()), ()) if len(floating) == 1 else ()
+        ranges = self._entry(op, domain, "loads").get(str(floating.pop()), ()) if len(floating) == 1 else ()
         return any(first <= opset <= last for first, last in ranges)
 
-    def versions(self, op: str, domain: str) -> Mapping[int, Schema]:
-        found = self._operators.get(f"{domain}::{op}", {}).get("schemas", {})
-        return {int(since): self._schema(int(since), fields) for since, fields in found.items()}
-
-    def _schema(self, since: int, fields: Mapping[str, Any]) -> Schema:
-        return Schema(
-            since=since,
-            deprecated=fields.get("deprecated", False),
-            inputs=tuple((name, kind) for name, kind in fields["inputs"]),
-            outputs=tuple((name, kind) for name, kind in fields["outputs"]),
-            required=fields["required"],
-            results=fields["results"],
-            variadic=fields.get("variadic", False),
-            mixed=fields.get("mixed", False),
-            types=self._named(fields["types"]),
-            defaults={name: bytes.fromhex(value) for name, value in fields.get("defaults", {}).items()},
-            needed=fields.get("needed", {}),
-        )
-
-    def _named(self, types: Mapping[str, int]) -> dict[str, frozenset[str]]:
+    def _named(self, types: Mapping[str, int]) -> Types:
         return {name: self._types[index] for name, index in types.items()}
-
-
-def parameter(schema: Schema, slot: int) -> tuple[str, str] | None:
-    """Return name and type of the formal parameter of an input slot, None where there is none."""
-    if slot < len(schema.inputs):
-        return schema.inputs[slot]
-    return schema.inputs[-1] if schema.variadic else None
 
 
 def completed(schema: Schema, inputs: Sequence[int | None]) -> list[str]:
     """Return a type per input slot, "" for one that is left out; a required one of unknown type gets a likely one."""
     given = ["" if data_type is None else type_name(data_type) for data_type in inputs]
     # All of them, for onnxruntime aborts on definitions that read an optional input beyond the last one given.
-    given += [""] * (len(schema.inputs) - schema.variadic - len(given))
-    given += [""] * (schema.required - len(given))
+    given += [""] * (max(len(schema.inputs) - schema.variadic, schema.required) - len(given))
     bound: dict[str, str] = {}
     for slot, kind in enumerate(given):
-        formal = parameter(schema, slot)
+        formal = schema.parameter(slot)
         if kind and formal is not None:
             bound.setdefault(formal[1], kind)
     for slot in range(schema.required):
-        formal = parameter(schema, slot)
+        formal = schema.parameter(slot)
         if not given[slot] and formal is not None:
             allowed = schema.types.get(formal[1], frozenset({formal[1]}))
             likely = next((kind for kind in _PREFERRED if kind in allowed), min(allowed))
@@ -296,7 +281,13 @@ def _single(op: str, domain: str, opset: int, inputs: Sequence[str], results: in
 
 
 @cache
-def current() -> Registry:
+def standard() -> Registry:
+    """Return the registry of the installed onnx."""
+    return Standard()
+
+
+@cache
+def current() -> Installed | Snapshot:
     """Return the installed onnxruntime's registry, the snapshot's where there is none."""
     try:
         return Installed()
@@ -305,37 +296,30 @@ def current() -> Registry:
 
 
 @cache
-def snapshot() -> Registry:
+def snapshot() -> Snapshot:
     """Return the registry that comes with this package."""
     return Snapshot((files("fusion") / "data" / SNAPSHOT).read_text("utf-8"))
 
 
-def defaults(op: str, domain: str, version: int) -> dict[str, AttributeProto]:
-    """Return the default of every attribute that has one; empty where the runtime does not know the operator."""
-    schema = current().schema(op, domain, version)
-    return {} if schema is None else {k: AttributeProto.FromString(v) for k, v in schema.defaults.items()}
-
-
-def knows(op: str, domain: str, version: int) -> bool:
-    """Whether the runtime has a schema for the operator at this opset."""
-    return current().schema(op, domain, version) is not None
-
-
 def _converted(schema: Any) -> Schema:
-    """Return a schema of onnxruntime's binding as ours."""
-    attributes = schema.attributes
-    encoded = {name: attribute._default_value for name, attribute in attributes.items()}
+    """Return a schema as onnx or onnxruntime binds it, which call two things by other names, as ours."""
+
+    def formal(parameters: Iterable[Any]) -> list[tuple[str, str]]:
+        return [(each.name, each.type_str if hasattr(each, "type_str") else each.typeStr) for each in parameters]
+
+    last = schema.inputs[-1] if schema.inputs else None
+    encoded = {name: attribute._default_value for name, attribute in schema.attributes.items()}
     defaults = {name: value for name, value in encoded.items() if AttributeProto.FromString(value).name}
     return Schema(
         since=schema.since_version,
-        deprecated=schema.deprecated,
-        inputs=tuple((parameter.name, parameter.typeStr) for parameter in schema.inputs),
-        outputs=tuple((parameter.name, parameter.typeStr) for parameter in schema.outputs),
+        inputs=formal(schema.inputs),
+        outputs=formal(schema.outputs),
         required=schema.min_input,
         results=schema.min_output,
-        variadic=bool(schema.inputs) and schema.inputs[-1].option.name == "Variadic",
-        mixed=bool(schema.inputs) and not schema.inputs[-1].isHomogeneous,
-        types={c.type_param_str: frozenset(c.allowed_type_strs) for c in schema.type_constraints},
+        types={each.type_param_str: frozenset(each.allowed_type_strs) for each in schema.type_constraints},
+        deprecated=schema.deprecated,
+        variadic=last is not None and last.option.name == "Variadic",
+        mixed=last is not None and not getattr(last, "is_homogeneous", getattr(last, "isHomogeneous", True)),
         defaults=defaults,
-        needed={k: a.type.name for k, a in attributes.items() if a.required and k not in defaults},
+        needed={k: a.type.name for k, a in schema.attributes.items() if a.required and k not in defaults},
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -18,9 +18,11 @@ from fusion.emit import Builder, Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
+from fusion.laws.noise import FLOATS
 from fusion.match import Matcher
 from fusion.plan import SPELLINGS, Plan, compile_pattern
 from fusion.region import Region, region_of, sources
+from fusion.schema import axes as schema_axes
 from fusion.state import Miss, State
 from fusion.targets import Target
 from fusion.terms import Ref
@@ -33,6 +35,8 @@ CLIMB, DISTANCE = 40, 10
 """How many values above an anchor are considered as roots, and across how much arithmetic."""
 CHOICES = 8
 """How many ways to match at one root are tried where an emission refuses the first."""
+PASSES = 8
+"""Upper bound of the passes that learn equalities of sizes: two where axes have names, one a layer where none has."""
 NEAR = 6
 """How far around a change anchors are tried again."""
 
@@ -144,19 +148,31 @@ class Rewriter:
         self.check = check
         self.plans = [plan for pattern in patterns for plan in plans_of(pattern)]
         self._matchers = {plan: Matcher(self.view, plan) for plan in self.plans}
+        self._tops = {plan: _tops(plan) for plan in self.plans}
         self.outcome = Outcome()
         self._reached: dict[tuple[Node, frozenset[str], int], dict[Value, int]] = {}
         self._failed: dict[tuple[str, str], NearMiss] = {}
 
-    def run(self) -> Outcome:
-        """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
+    def run(self, *, last: bool = False) -> Outcome:
+        """Rewrite to the fixpoint; the graph holds the edits, uncommitted. Run it again where others edited since.
+
+        Args:
+            last: the patterns that wait until nothing else is to be done, and only these.
+        """
         dirty: set[Node] | None = None
-        learned = False
-        plans = self.writable
-        for sweep in range(SWEEPS):
-            self.outcome.sweeps = sweep + 1
+        learned = last
+        plans = first = [plan for plan in self.writable if plan.pattern.is_last is last]
+        if not last:
+            self._failed.clear()
+        for _ in range(SWEEPS):
+            self.outcome.sweeps += 1
             started = time.perf_counter()
             candidates = self.candidates(plans, dirty)
+            if not learned and self._leaves_attention(candidates):  # before what a rewrite removes can say no more
+                learned, dirty, plans = True, None, first
+                self._learn()
+                self.forget()
+                candidates = self.candidates(plans)
             self.outcome.seconds["match"] += time.perf_counter() - started
             started = time.perf_counter()
             made = self._write(candidates)
@@ -164,29 +180,38 @@ class Rewriter:
             if made:
                 dirty, plans = _around(made), self._affected(made)
             elif not learned and self._leaves_attention():
-                learned, dirty, plans = True, None, self.writable
+                learned, dirty, plans = True, None, first
                 self._learn()
             else:
                 break
-            self.view.forget()
-            self._reached.clear()
-        self.outcome.near.extend(self._failed.values())
+            self.forget()
+        written = {(made.pattern, made.root) for made in self.outcome.rewritten}
+        self.outcome.near = [near for key, near in self._failed.items() if key not in written]
         return self.outcome
+
+    def forget(self) -> None:
+        """Drop what an edit of the graph, or an equality, may have changed."""
+        self.view.forget()
+        self._reached.clear()
 
     def _affected(self, made: Sequence[Node]) -> list[Plan]:
         """The plans that new nodes can make match: those that read such a node, or failed before."""
         operators = {node.key for node in made}
         failed = {near.pattern for near in self._failed.values()}
-        return [plan for plan in self.writable if plan.reads & operators or plan.pattern.name in failed]
+        plans = (plan for plan in self.writable if not plan.pattern.is_last)
+        return [plan for plan in plans if plan.reads & operators or plan.pattern.name in failed]
 
     def _learn(self) -> None:
-        """Learn equalities of sizes; the second pass needs what the first one found."""
-        self.facts.learn()
-        self.facts.learn()
+        """Learn equalities of sizes, until a pass finds none: a pass may need what the one before it found."""
+        for _ in range(PASSES):
+            if not self.facts.learn():
+                break
 
-    def _leaves_attention(self) -> bool:
-        """Whether a contraction's anchor is left: only its axes may hang on equalities, which cost a pass to learn."""
-        return any(self.anchors(plan) for plan in self.plans if SPELLINGS["softmax"] in plan.anchors)
+    def _leaves_attention(self, candidates: Iterable[Candidate] = ()) -> bool:
+        """Whether a softmax is left that no candidate covers: its axes may hang on equalities, which cost a pass."""
+        covered = {node for candidate in candidates for node in candidate.region.core}
+        plans = [plan for plan in self.plans if SPELLINGS["softmax"] in plan.anchors]
+        return any(node not in covered for plan in plans for node in self.anchors(plan))
 
     # -- finding ----------------------------------------------------------------------------------------------------
 
@@ -243,9 +268,12 @@ class Rewriter:
                 return []
             choices.append(nodes)
         nodes = min(choices, key=len)
+        if any(node.op == "Concat" for node in nodes):  # of numbers, not of sizes
+            nodes = [node for node in nodes if (out := node.outputs[0]) and self.facts.dtype(out) in FLOATS]
         if any(node.op == "Pow" for node in nodes):  # the root of a norm, not its squares
             nodes = [node for node in nodes if node.op != "Pow" or self._is_root(node)]
-        return sorted(nodes, key=lambda node: (node.scope.name, node.position))
+        names = {scope: scope.name for scope in {node.scope for node in nodes}}
+        return sorted(nodes, key=lambda node: (names[node.scope], node.position))
 
     def _is_root(self, node: Node) -> bool:
         exponent = node.input(1)
@@ -257,14 +285,18 @@ class Rewriter:
         for anchor in self.anchors(plan):
             if anchor in covered or (dirty is not None and anchor not in dirty):
                 continue
+            refused: list[Value] = []
             for root in self.roots(plan, anchor):
                 if root not in tried:
                     tried[root] = candidate = self._at(plan, root)
                     if candidate is not None:
                         covered.update(candidate.region.core)
+                        for outer in refused:  # not missed after all: a part of it matches
+                            self._failed.pop((plan.pattern.name, outer.name), None)
                         yield candidate
                 if anchor in covered:
                     break
+                refused.append(root)
 
     def _at(self, plan: Plan, root: Value) -> Candidate | None:
         for ref, state in self._matchers[plan].match(root):
@@ -289,43 +321,47 @@ class Rewriter:
 
     def _climb(self, plan: Plan, anchor: Node) -> dict[Value, int]:
         reached: dict[Value, int] = {}
-        stack = [(value, 0, 0) for value in anchor.outputs[:1] if value is not None]
-        while stack and len(reached) < CLIMB:
-            value, above, distance = stack.pop(0)
+        queue = [(value, 0, 0) for value in anchor.outputs[:1] if value is not None]
+        for value, above, distance in queue:
+            if len(reached) == CLIMB:
+                break
             if value in reached:
                 continue
             reached[value] = above
             if len(value.uses) > 6 or distance == DISTANCE:
                 continue
             for node in value.uses:
-                step = 0 if node.key in PASSING else 1
-                if (
-                    (step and node.key not in plan.operators)
-                    or above + step > plan.height
-                    or node.scope is not anchor.scope
-                ):
+                key = node.key
+                step = key not in PASSING
+                if (step and (above == plan.height or key not in plan.operators)) or node.scope is not anchor.scope:
                     continue
-                far = distance + (node.key in MERGED)
-                stack.extend((output, above + step, far) for output in node.outputs[:1] if output is not None)
+                output = node.outputs[0] if node.outputs else None
+                if output is not None:
+                    queue.append((output, above + step, distance + (key in MERGED)))
         return reached
 
     def may_be_root(self, plan: Plan, value: Value) -> bool:
         """Whether a value may be the result: its node may spell what stands last in the formula."""
         node = value.producer
-        single = plan.root.single
         if node is None:
             return False
-        if isinstance(single, p.MatMul):
-            if plan.is_grouped:
-                return self.view.rearranges(node)
-            return node.key in SPELLINGS["matmul"]
-        if isinstance(single, p.Fused):
-            return node.key in single.pattern.readers
-        if isinstance(single, p.Op):
-            return node.key == single.name
-        if isinstance(single, p.Softmax):
-            return node.key in SPELLINGS["softmax"]
-        return node.key in MERGED
+        if node.key in self._tops[plan]:
+            return True
+        if isinstance(plan.root.single, p.Join | p.Concat):
+            return self._is_joined(value)
+        return bool(plan.inner) and isinstance(plan.root.single, p.MatMul) and self.view.rearranges(node)
+
+    def _is_joined(self, value: Value) -> bool:
+        """Whether a value is several others side by side along its last axis, or has several axes merged there."""
+        root = self.view.root(value)
+        if root is None or not root.layout.axes:
+            return False
+        source, layout = self.view.peel(root).ref
+        node = source.producer
+        along = schema_axes(node, self.facts) if node is not None and node.key == "Concat" else None
+        own = [axis for axis, _, _ in layout.axes[-1]]
+        merged = len(own) > 1 or len(layout.source) > len(layout.axes)  # an axis of size 1 leaves no factor
+        return node is not None and (merged or (along is not None and along[0] in own))
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -402,7 +438,7 @@ class Rewriter:
     def _note(self, plan: Plan, root: Value, misses: tuple[Miss, ...]) -> None:
         """Remember why a match was not written, the reason nearest to success first."""
         key = (plan.pattern.name, root.name)
-        if misses and key not in self._failed:
+        if misses and key not in self._failed and not plan.pattern.is_last:  # any product is nearly one of these
             self._failed[key] = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
 
 
@@ -415,6 +451,22 @@ def plans_of(pattern: Pattern) -> list[Plan]:
     if known is None:
         known = _plans[id(pattern)] = (pattern, compile_pattern(pattern))
     return known[1]
+
+
+def _tops(plan: Plan) -> Container[str]:
+    """The operators that may compute the result, but for a rearrangement."""
+    single = plan.root.single
+    if isinstance(single, p.MatMul):
+        return SPELLINGS["matmul"]
+    if isinstance(single, p.Fused):
+        return single.pattern.readers
+    if isinstance(single, p.Op):
+        return {single.name}
+    if isinstance(single, p.Join | p.Concat):
+        return SPELLINGS["sum"]
+    if plan.ends_in_product:
+        return MERGED | SPELLINGS["matmul"] | {"Transpose"}
+    return SPELLINGS["softmax"] if isinstance(single, p.Softmax) else MERGED
 
 
 def _is_stale(candidate: Candidate) -> bool:

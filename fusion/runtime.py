@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from fusion.errors import ModelError
 
 ONNXRUNTIME, REFERENCE = "onnxruntime", "onnx reference"
 QUIET = 4  # onnxruntime's severity "fatal": what it refuses is raised, and said by us in one sentence
+OPAQUE = re.compile(r"tensor\((bfloat16|float8.*|u?int4|float4.*)\)")
+"""Types numpy has no name for: onnxruntime takes and gives them only as its own values."""
 
 
 class Refused(ModelError):
@@ -29,6 +32,7 @@ class Session:
         inputs: names of the inputs that have to be fed.
         outputs: names of the outputs, in order.
         engine: `ONNXRUNTIME` or `REFERENCE`.
+        refusal: why onnxruntime did not take the model; empty where it did, or was not asked.
     """
 
     def __init__(
@@ -39,39 +43,36 @@ class Session:
         Args:
             source: a file (its external data lies beside it), or a model with its weights inside.
             optimized: let onnxruntime rewrite the graph as it does by default; otherwise it runs what is written.
-            threads: threads within an operator; one gives the same sums in every run.
+            threads: threads within an operator, 0 for as many as onnxruntime likes; one gives the same sums in every
+                run.
             reference: use the reference implementation at once.
 
         Raises:
             Refused: neither onnxruntime nor the reference implementation loads the model.
         """
+        self.refusal = ""
         self._native: Any = None
-        self._reference: ReferenceEvaluator | None = None
-        if reference:
-            self._load_reference(source, "")
-            return
         try:
-            self._native = _onnxruntime(source, optimized, threads)
+            if not reference:
+                self._native = _onnxruntime(source, optimized, threads)
+        except ImportError:
+            pass
+        except Exception as error:  # onnxruntime raises a family of its own without a common base
+            self.refusal = one_line(error)
+        if self._native is not None:
             self.engine = ONNXRUNTIME
             self.inputs = [i.name for i in self._native.get_inputs()]
             self.outputs = [o.name for o in self._native.get_outputs()]
-        except ImportError:
-            self._load_reference(source, "")
-        except Exception as error:  # onnxruntime raises a family of its own without a common base
-            self._load_reference(source, one_line(error))
-
-    def _load_reference(self, source: Path | ModelProto, refusal: str) -> None:
+            self._opaque = any(OPAQUE.fullmatch(o.type) for o in self._native.get_outputs())
+            return
         try:
             self._reference = ReferenceEvaluator(str(source) if isinstance(source, Path) else source)
         except Exception as error:  # whatever a broken model makes the evaluator raise
-            raise Refused(refusal or one_line(error)) from error
-        self.engine, self.refusal = REFERENCE, refusal
-        weights = {t.name for t in getattr(self._reference.proto_, "graph", self._reference.proto_).initializer}
+            raise Refused(self.refusal or one_line(error)) from error
+        self.engine = REFERENCE
+        weights = {t.name for t in self._reference.proto_.graph.initializer}
         self.inputs = [name for name in self._reference.input_names if name not in weights]
         self.outputs = list(self._reference.output_names)
-
-    refusal: str = ""
-    """Why onnxruntime did not take the model; empty where it did, or where it is not installed."""
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Return every output by name.
@@ -80,36 +81,17 @@ class Session:
             Refused: the runtime does not take these inputs.
         """
         try:
-            if self._reference is not None:
+            if self._native is None:
                 with np.errstate(all="ignore"):
                     results = self._reference.run(None, dict(feeds))
-            elif any(_is_opaque(value) for value in feeds.values()) or self._has_opaque_outputs():
-                results = self._run_opaque(feeds)
+            elif self._opaque or any(_is_opaque(value) for value in feeds.values()):
+                values = {name: _ort_value(np.ascontiguousarray(value)) for name, value in feeds.items()}
+                results = [_array(value) for value in self._native.run_with_ort_values(None, values)]
             else:
                 results = self._native.run(None, dict(feeds))
         except Exception as error:  # see __init__
             raise Refused(one_line(error)) from error
         return dict(zip(self.outputs, results, strict=True))
-
-    def _has_opaque_outputs(self) -> bool:
-        return any(
-            re.fullmatch(r"tensor\((bfloat16|float8.*|u?int4|float4.*)\)", o.type) for o in self._native.get_outputs()
-        )
-
-    def _run_opaque(self, feeds: Mapping[str, Any]) -> list[Any]:
-        """Run with types numpy has no name for: onnxruntime takes and gives them only as its own values."""
-        from onnxruntime import OrtValue
-
-        values = {}
-        for name, value in feeds.items():
-            array = np.ascontiguousarray(value)
-            if _is_opaque(array):
-                code = helper.np_dtype_to_tensor_dtype(array.dtype)
-                raw = array.view(np.uint16 if array.itemsize == 2 else np.uint8)
-                values[name] = OrtValue.ortvalue_from_numpy_with_onnx_type(raw, code)
-            else:
-                values[name] = OrtValue.ortvalue_from_numpy(array)
-        return [_array(value) for value in self._native.run_with_ort_values(None, values)]
 
 
 def one_line(error: BaseException) -> str:
@@ -136,14 +118,19 @@ def _is_opaque(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "V"
 
 
+def _ort_value(array: np.ndarray[Any, Any]) -> Any:
+    from onnxruntime import OrtValue
+
+    if not _is_opaque(array):
+        return OrtValue.ortvalue_from_numpy(array)
+    raw = array.view(np.uint16 if array.itemsize == 2 else np.uint8)
+    return OrtValue.ortvalue_from_numpy_with_onnx_type(raw, helper.np_dtype_to_tensor_dtype(array.dtype))
+
+
 def _array(value: Any) -> Any:
-    code = value.element_type() if value.is_tensor() else TensorProto.UNDEFINED
-    if code in (TensorProto.UNDEFINED, TensorProto.STRING):
+    if not OPAQUE.fullmatch(value.data_type()):
         return value.numpy()
-    dtype = helper.tensor_dtype_to_np_dtype(code)
-    if dtype.kind != "V":
-        return value.numpy()
+    dtype = helper.tensor_dtype_to_np_dtype(value.element_type())
     shape = tuple(value.shape())
-    count = int(np.prod(shape, dtype=np.int64))
-    data = ctypes.string_at(value.data_ptr(), count * dtype.itemsize)
+    data = ctypes.string_at(value.data_ptr(), math.prod(shape) * dtype.itemsize)
     return np.frombuffer(data, dtype).reshape(shape)

@@ -85,7 +85,8 @@ def draw_sizes(plan: Plan, draw: Draw) -> Sizes:
         elif name in _several(plan, specs) and draw.chance(6):
             letters[name] = (f"{name}0", f"{name}1")
             traps.append(f"{name} is two axes")
-    own = [label for name in names if name not in same for label in letters[name]]
+    sums = _sums(plan)
+    own = [label for name in names if name not in same and name not in sums for label in letters[name]]
     kind = draw.choose("distinct", "square", "one")
     labels = {label: 4 if kind == "square" else PRIMES[index % len(PRIMES)] for index, label in enumerate(own)}
     # A parameter of one element is a number: what it is multiplied or added to has no such capture.
@@ -106,6 +107,8 @@ def draw_sizes(plan: Plan, draw: Draw) -> Sizes:
         fixed = _fixed(plan, specs)
         free = [label for name in names if name not in fixed for label in letters[name]]
         dynamic = {label: label.lower() for label in free if label in own}
+    for name, parts in sums.items():
+        labels[name] = sum(int(np.prod([labels[letter] for letter in part])) for part in parts)
     for name, other in same.items():
         for label, twin in zip(letters[name], letters[other], strict=True):
             labels[label] = labels[twin]
@@ -125,6 +128,20 @@ def _same_letters(variables: Sequence[p.Var], captures: Mapping[str, Capture]) -
     return same
 
 
+def _sums(plan: Plan) -> dict[str, list[tuple[str, ...]]]:
+    """Letters whose size others give: that of the pieces which are joined, and of parts one after the other."""
+    sums: dict[str, list[tuple[str, ...]]] = {}
+    for atom in atoms(plan.root):
+        if isinstance(atom, p.Join):
+            sums[atom.letter] = [()] * len(atom.parts)
+        elif isinstance(atom, p.Concat):
+            joined = [part.single for part in atom.parts]
+            merged = [letters_of(single.dims[-1:]) if isinstance(single, p.Join) else () for single in joined]
+            ends = zip(atom.letters, merged, strict=True)
+            sums[letters_of(atom.dims)[-1]] = [(end,) if end else group for end, group in ends]
+    return dict(sorted(sums.items(), key=lambda entry: () not in entry[1]))
+
+
 def _several(plan: Plan, specs: Sequence[Dims]) -> set[str]:
     """Letters that may stand for several axes: those a mean runs over, and nothing splits or contracts."""
     over = {letter for atom in atoms(plan.root) if isinstance(atom, p.Mean) for letter in atom.letters}
@@ -136,7 +153,7 @@ def _several(plan: Plan, specs: Sequence[Dims]) -> set[str]:
 def _fixed(plan: Plan, specs: Sequence[Dims]) -> set[str]:
     """Letters whose size exporters write down: features, not batches and positions."""
     fixed = {letter for dims in specs for token in dims if not isinstance(token, str) for letter in token}
-    fixed |= {letter for atom in atoms(plan.root) if isinstance(atom, p.Mean) for letter in atom.letters}
+    fixed |= {letter for atom in atoms(plan.root) if isinstance(atom, p.Mean | p.Concat) for letter in atom.letters}
     for capture in plan.captures.values():
         if is_parameter(capture, plan.dims):
             fixed.update(letters_of(capture.dims or ()))

@@ -1,54 +1,25 @@
 """What an operator's schema says about one node: attribute values with their defaults, and axes wherever they are kept.
 
 Defaults and the place of `axes` change with the opset; both are looked up for the opset that the node's scope imports.
-Standard operators come from `onnx.defs`; operators that only a runtime registers (`com.microsoft`, and the default
-domain's LayerNormalization before opset 17) from `fusion.registry`.
+They are onnx's; those of operators that only a runtime registers (`com.microsoft`, and the default domain's
+LayerNormalization before opset 17) are the runtime's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
-from onnx import AttributeProto, GraphProto, SparseTensorProto, TensorProto, TypeProto, defs, helper
+from onnx import AttributeProto, GraphProto, SparseTensorProto, TensorProto, TypeProto, helper
 
 from fusion import registry
 
 if TYPE_CHECKING:
-    from fusion.graph import Node, Value
+    from fusion.facts import Facts
+    from fusion.graph import Node
 
-Attribute = (
-    int
-    | float
-    | bytes
-    | TensorProto
-    | GraphProto
-    | SparseTensorProto
-    | TypeProto
-    | list[int]
-    | list[float]
-    | list[bytes]
-    | list[TensorProto]
-    | list[GraphProto]
-    | list[SparseTensorProto]
-    | list[TypeProto]
-)
-
-
-class Integers(Protocol):
-    """A small integer tensor, as `Facts.integers` gives it; an item that is not an int is not known as a number."""
-
-    @property
-    def items(self) -> Sequence[object]: ...
-
-
-class Known(Protocol):
-    """The two facts that axes need; `fusion.facts.Facts` has them."""
-
-    def rank(self, value: Value) -> int | None: ...
-
-    def integers(self, value: Value) -> Integers | None: ...
+Attribute = int | float | bytes | TensorProto | GraphProto | SparseTensorProto | TypeProto | list[Any]
 
 
 def attribute(node: Node, name: str) -> Attribute | None:
@@ -87,31 +58,34 @@ def extra_attributes(node: Node, allowed: Iterable[str] = ()) -> list[str]:
 @cache
 def defaults(op: str, domain: str, version: int) -> dict[str, Attribute]:
     """Return the default of every attribute that has one; empty where no schema is known. Shared: do not modify."""
-    try:
-        schema = defs.get_schema(op, version, domain)
-    except (defs.SchemaError, TypeError):  # TypeError: a name that is no UTF-8 text comes as bytes
-        return {
-            name: helper.get_attribute_value(proto) for name, proto in registry.defaults(op, domain, version).items()
-        }
-    return {
-        name: helper.get_attribute_value(attr.default_value)
-        for name, attr in schema.attributes.items()
-        if attr.default_value.name  # an attribute without a default has an empty AttributeProto here
-    }
+    for known in (registry.standard(), registry.current()):
+        schema = known.schema(op, domain, version)
+        if schema is not None:
+            return {
+                name: helper.get_attribute_value(AttributeProto.FromString(default))
+                for name, default in schema.defaults.items()
+            }
+    return {}
 
 
-# Operators with a set of axes, and the input that holds it in newer opsets.
-_SETS = {"Squeeze": 1, "Unsqueeze": 1} | {
-    f"Reduce{kind}": 1 for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+# Operators with a list of axes: the attribute that has it, and the input that does in newer opsets.
+_REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+_LISTED: dict[str, tuple[str, int | None]] = {f"Reduce{kind}": ("axes", 1) for kind in _REDUCTIONS} | {
+    "Squeeze": ("axes", 1),
+    "Unsqueeze": ("axes", 1),
+    "Slice": ("axes", 3),
+    "Pad": ("axes", 3),
+    "CenterCropPad": ("axes", None),
+    "CumSum": ("axis", 1),
+    "MeanVarianceNormalization": ("axes", None),
 }
-# Operators whose axes are paired with other inputs: the order counts, and absent axes are the first ones in order.
-_PAIRED = {"Slice": 3, "Pad": 3, "CenterCropPad": None}
+_PAIRED = {"Slice", "Pad", "CenterCropPad"}  # axes are paired with other inputs: their order counts
 _FLATTENING = {"Softmax", "LogSoftmax", "Hardmax"}
 _TRAILING = {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"}
 _STANDARD = {"", "com.microsoft"}
 
 
-def axes(node: Node, facts: Known) -> tuple[int, ...] | None:
+def axes(node: Node, facts: Facts) -> tuple[int, ...] | None:
     """Return the axes the node works along, each >= 0, or None where they are unknown or invalid.
 
     - Reduce*: the reduced axes, ascending; all of them where none are given, none with `noop_with_empty_axes`.
@@ -126,58 +100,38 @@ def axes(node: Node, facts: Known) -> tuple[int, ...] | None:
     """
     if node.domain not in _STANDARD:
         return None
-    op = node.op
-    if op in _SETS:
-        return _set_of_axes(node, facts)
-    if op in _PAIRED:
-        return _paired_axes(node, facts)
-    rank = _rank(node, facts)
-    if op == "CumSum":
-        listed = _listed(node, "axis", 1, facts)
-        return _normalised(listed, rank) if listed and len(listed) == 1 else None
-    if op == "MeanVarianceNormalization":
-        given = attribute(node, "axes")
-        return _normalised(given, rank) if isinstance(given, list) else None
+    op, rank = node.op, _rank(node, facts)
+    if op in _LISTED:
+        listed = _listed(node, *_LISTED[op], facts)
+        if not listed:
+            return None if listed is None else _without_axes(node, rank, facts)
+        if op == "Unsqueeze" and rank is not None:
+            rank += len(listed)
+        found = _normalised(listed, rank)
+        return found if found is None or op in _PAIRED else tuple(sorted(found))
     axis = attribute(node, "axis")
-    if not isinstance(axis, int):
-        return None
-    normalised = _normalised([axis], rank)
-    if normalised is None or not (op in _TRAILING or (op in _FLATTENING and node.version < 13)):
-        return normalised
-    return None if rank is None else tuple(range(normalised[0], rank))
+    found = _normalised([axis], rank)
+    if found is None or not (op in _TRAILING or (op in _FLATTENING and node.version < 13)):
+        return found
+    return None if rank is None else tuple(range(found[0], rank))
 
 
-def _set_of_axes(node: Node, facts: Known) -> tuple[int, ...] | None:
-    rank = _rank(node, facts)
-    listed = _listed(node, "axes", _SETS[node.op], facts)
-    if listed is None:
-        return None
-    if not listed and node.op.startswith("Reduce"):  # axes of length 0 mean the same as no axes
-        if attribute(node, "noop_with_empty_axes"):
-            return ()
-        return None if rank is None else tuple(range(rank))
-    if not listed:
-        return None
-    if node.op == "Unsqueeze" and rank is not None:
-        rank += len(listed)
-    normalised = _normalised(listed, rank)
-    return None if normalised is None else tuple(sorted(normalised))
-
-
-def _paired_axes(node: Node, facts: Known) -> tuple[int, ...] | None:
-    rank = _rank(node, facts)
-    listed = _listed(node, "axes", _PAIRED[node.op], facts)
-    if listed is None:
-        return None
-    if not listed and node.op == "Slice":
+def _without_axes(node: Node, rank: int | None, facts: Facts) -> tuple[int, ...] | None:
+    """Return the axes of an operator with a list of them that is left out, or empty, which means the same."""
+    if node.op == "Slice":
         starts = _listed(node, "starts", 1, facts)
         return None if starts is None else tuple(range(len(starts)))
-    if not listed:
-        return None if rank is None else tuple(range(rank))
-    return _normalised(listed, rank)
+    if node.op == "MeanVarianceNormalization":
+        default = attribute(node, "axes")
+        return tuple(default) if isinstance(default, list) else None
+    if attribute(node, "noop_with_empty_axes"):
+        return ()
+    if node.op in ("Squeeze", "Unsqueeze", "CumSum") or rank is None:
+        return None
+    return tuple(range(rank))
 
 
-def _listed(node: Node, name: str, slot: int | None, facts: Known) -> list[int] | None:
+def _listed(node: Node, name: str, slot: int | None, facts: Facts) -> list[int] | None:
     """Return the integers of an attribute, or of an input where the opset moved it there; [] absent, None unknown."""
     given = _given(node, name)
     if given is not None:
@@ -187,9 +141,7 @@ def _listed(node: Node, name: str, slot: int | None, facts: Known) -> list[int] 
     if source is None:
         return []
     known = facts.integers(source)
-    if known is None:
-        return None
-    return _integers(known.items)
+    return None if known is None else _integers(known.items)
 
 
 def _integers(items: Sequence[object]) -> list[int] | None:
@@ -198,7 +150,7 @@ def _integers(items: Sequence[object]) -> list[int] | None:
     return integers if len(integers) == len(items) else None
 
 
-def _rank(node: Node, facts: Known) -> int | None:
+def _rank(node: Node, facts: Facts) -> int | None:
     """Return the rank that negative axes count from, which for OneHot includes the new axis."""
     data = node.inputs[0] if node.inputs else None
     rank = None if data is None else facts.rank(data)
@@ -214,15 +166,9 @@ def _normalised(listed: Sequence[object], rank: int | None) -> tuple[int, ...] |
     """Return the axes counted from the front, or None: a negative one of unknown rank, out of range, given twice."""
     result = []
     for axis in listed:
-        if not isinstance(axis, int):
+        if not isinstance(axis, int) or (axis < 0 if rank is None else not -rank <= axis < rank):
             return None
-        if axis < 0:
-            if rank is None:
-                return None
-            axis += rank
-        if axis < 0 or (rank is not None and axis >= rank):
-            return None
-        result.append(axis)
+        result.append(axis if rank is None else axis % rank)
     return tuple(result) if len(set(result)) == len(result) else None
 
 

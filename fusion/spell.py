@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fusion import plan as p
 from fusion.draw import Draw
 from fusion.language import Dims
-from fusion.laws import contraction, guards, noise, reduction, ring
+from fusion.laws import contraction, guards, noise, pieces, reduction, ring
 from fusion.spell_layout import align, arrange
 from fusion.terms import Atom, Group, Item, Prod, Sum, add, leaf, multiply, number, power
 from fusion.writer import Axes, Writer, Written
@@ -187,6 +187,10 @@ class Speller:
             return atom.value, coef
         if isinstance(atom, p.Var):
             return self._variable(atom), coef
+        if isinstance(atom, p.Join):
+            return pieces.spell_join(atom, self), coef
+        if isinstance(atom, p.Concat):
+            return pieces.spell_concat(atom, self), coef
         if isinstance(atom, Sum):
             return ring.spell_sum(atom, self), coef
         if isinstance(atom, Group):
@@ -206,6 +210,8 @@ class Speller:
         raise TypeError(f"{type(atom).__name__} cannot be spelled")
 
     def _variable(self, atom: p.Var) -> Written:
+        if atom.piece is not None:
+            return pieces.spell_piece(self.atom(atom._replace(piece=None))[0], atom.piece, self)
         given = self.captures.tensors[atom.name]
         groups = axes_of(atom.dims or (), self.captures.letters)
         axes = tuple(() if index is None else groups[index] for index in given.order)
@@ -263,6 +269,8 @@ def _filled(atom: Atom, numbers: Mapping[str, float], absent: Collection[str]) -
         return leaf(atom._replace(child=inside(atom.child)))
     if isinstance(atom, p.MatMul):
         return leaf(atom._replace(left=inside(atom.left), right=inside(atom.right)))
+    if isinstance(atom, p.Join | p.Concat):
+        return leaf(atom._replace(parts=tuple(map(inside, atom.parts))))
     return leaf(atom)
 
 

@@ -102,19 +102,21 @@ class Spine:
                 entry.ref.layout, self.variable.dims, frozenset(letters_of(capture.dims or ())), self.context, state
             )
             if isinstance(viewed, str):
-                yield from self.matcher.miss(
-                    state,
-                    "dimension",
-                    f"{self.name} with axes {spell_dims(capture.dims)}",
-                    viewed,
-                    1,
-                    entry.ref.value.name,
-                )
+                wanted = f"{self.name} with axes {spell_dims(capture.dims)}"
+                yield from self.matcher.miss(state, "dimension", wanted, viewed, 1, entry.ref.value.name)
                 return
             placed.append(entry._replace(ref=Ref(entry.ref.value, viewed)))
         bound = state.copy()
-        bound.bound[self.name] = tuple(placed)
+        bound.bound[self.name] = (*placed, *self._known(state))
         yield bound
+
+    def outermost(self, entry: Entry, state: State) -> Iterator[State]:
+        """Put one more part before those that are bound."""
+        yield from self._bind((entry,), state)
+
+    def _known(self, state: State) -> tuple[Entry, ...]:
+        known = state.bound.get(self.name, ())
+        return known if isinstance(known, tuple) and not isinstance(known, Ref) else ()
 
 
 def _is_full(main: Ref, result: Ref) -> bool:

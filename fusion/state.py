@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fusion.terms import Ref
@@ -33,8 +33,8 @@ class Entry(NamedTuple):
     """One part of a `rest` capture, outermost first.
 
     Attributes:
-        kind: "term" (coef * ref is added), "mask" (where ref is not `keep`, the score becomes `fill`) or "clamp" (the
-            score is at least `fill`).
+        kind: "term" (coef * ref is added), "mask" (where ref is not `keep`, the score becomes `fill`), "clamp" (the
+            score is at least `fill`) or "zero" (where ref is not `keep`, the softmax gives 0).
         ref: the value, in the axes of the capture.
     """
 
@@ -50,15 +50,19 @@ Bound = Ref | float | tuple[Entry, ...]
 
 @dataclass(slots=True)
 class State:
-    """What one branch of the search has bound. Copied where it branches."""
+    """What one branch of the search has bound. Copied where it branches.
+
+    `parts` are the pieces of captures, by name and number.
+    """
 
     bound: dict[str, Bound]
     letters: dict[str, tuple[int, ...]]
     kept: dict[int, Ref]
     misses: tuple[Miss, ...] = ()
+    parts: dict[tuple[str, int], Ref] = field(default_factory=dict)
 
     def copy(self) -> State:
-        return State(dict(self.bound), dict(self.letters), dict(self.kept), self.misses)
+        return State(dict(self.bound), dict(self.letters), dict(self.kept), self.misses, dict(self.parts))
 
     @property
     def unmet(self) -> int:

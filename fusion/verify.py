@@ -7,23 +7,23 @@ be compared with another.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from rich.console import Console
-from rich.table import Table
 
-from fusion.compare import Comparison, compare, worse
+from fusion.compare import SAME, Comparison, compare, worse
+from fusion.diff_scopes import all_nodes, interface
 from fusion.errors import ModelError
 from fusion.feeds import Feed, Feeder, NothingRan, declared_inputs
 from fusion.given import Inputs, given_feeds
 from fusion.model import Model, load
+from fusion.report import Report, counted, table
 from fusion.runtime import REFERENCE, Refused, Session
 
 
@@ -56,14 +56,14 @@ class OutputReport:
     """
 
     name: str
-    worst: Comparison = field(default_factory=lambda: Comparison(True))
+    worst: Comparison = SAME
     feed: str = ""
     compared: int = 0
     unsteady: int = 0
 
 
 @dataclass(slots=True)
-class VerifyReport:
+class VerifyReport(Report):
     """The answer of `verify`.
 
     Attributes:
@@ -82,6 +82,8 @@ class VerifyReport:
     differences: list[Difference] = field(default_factory=list)
     outputs: list[OutputReport] = field(default_factory=list)
 
+    DERIVED: ClassVar[tuple[str, ...]] = ("equal", "worst")
+
     @property
     def equal(self) -> bool:
         """Whether something was compared and nothing differs."""
@@ -92,49 +94,31 @@ class VerifyReport:
         """The worst relative error of each output."""
         return {o.name: o.worst.error for o in self.outputs}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain data, ready for JSON (infinity becomes null)."""
-        data = {"equal": self.equal, "worst": self.worst, **asdict(self)}
-        return _plain(data)  # type: ignore[no-any-return]
-
-    def to_json(self) -> str:
-        """Return `to_dict` as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def print(self, console: Console | None = None) -> None:
-        """Print a table of the outputs and one line per difference."""
-        console = console or Console()
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for title in ("output", "runs", "worst relative error", "in epsilons", "allowed"):
-            table.add_column(title, justify="left" if title == "output" else "right")
+    def show(self, out: Console) -> None:
+        """Print a table of the outputs, one line per difference, and the verdict."""
+        shown = table("output", ">runs", ">worst relative error", ">in epsilons", ">allowed")
         for output in self.outputs:
             worst = output.worst
-            style = "" if worst.equal else "red"
             figures = (f"{worst.error:.1e}", f"{worst.epsilons:.1f}", f"{worst.tolerance:.1e}")
-            table.add_row(output.name, str(output.compared), *(figures if output.compared else ("–",) * 3), style=style)
-        console.print(table)
-        for difference in self.differences:
-            place = f" ({difference.feed})" if difference.feed else ""
-            console.print(f"✗ {difference.sentence}{place}", style="red", markup=False, highlight=False)
-        for output in self.outputs:
-            if output.unsteady:
-                note = f"! output {output.name!r} differs from itself in {output.unsteady} runs: not compared there"
-                console.print(note, style="yellow", markup=False, highlight=False)
-        console.print(self._verdict(), style="green" if self.equal else "bold red", markup=False, highlight=False)
-
-    def _verdict(self) -> str:
-        tried = _count(self.runs, "input set")
+            style = "" if worst.equal else "red"
+            shown.add_row(output.name, str(output.compared), *(figures if output.compared else ("–",) * 3), style=style)
+        tried = counted(self.runs, "input set")
         tried += f", {self.skipped} refused by the first model" if self.skipped else ""
         tried += f", {self.unjudged} that no runtime runs both models on" if self.unjudged else ""
         if self.equal:
-            return f"equal: {_count(len(self.outputs), 'output')}, {tried}"
-        if not self.differences:
-            return f"nothing could be compared ({tried})"
-        return f"different: {_count(len(self.differences), 'difference')} ({tried})"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+            verdict = f"equal: {counted(len(self.outputs), 'output')}, {tried}"
+        elif self.differences:
+            verdict = f"different: {counted(len(self.differences), 'difference')} ({tried})"
+        else:
+            verdict = f"nothing could be compared ({tried})"
+        lines = [(f"✗ {d.sentence}" + (f" ({d.feed})" if d.feed else ""), "red") for d in self.differences]
+        for o in self.outputs:
+            if o.unsteady:
+                itself = f"! output {o.name!r} differs from itself in {o.unsteady} runs: not compared there"
+                lines.append((itself, "yellow"))
+        out.print(shown, markup=False)
+        for text, style in (*lines, (verdict, "green" if self.equal else "bold red")):
+            out.print(text, style=style, markup=False, highlight=False)
 
 
 def verify(
@@ -147,7 +131,7 @@ def verify(
     rtol: float | None = None,
     atol: float | None = None,
     optimized: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> VerifyReport:
     """Run the same inputs through two models and compare every output.
 
@@ -170,8 +154,8 @@ def verify(
             does not run `a` and the reference implementation does not run `b`.
     """
     first, second = load(a, validate=False), load(b, validate=False)  # the runtime is the judge
-    report = VerifyReport(differences=_declarations(first.proto, second.proto))
-    expected = Expected(first, inputs, runs, sizes, optimized)
+    report = VerifyReport(differences=list(_declarations(first.proto, second.proto)))
+    expected = _expected(first, inputs, max(runs, 1), sizes, optimized)
     report.outputs = [OutputReport(name) for name in expected.outputs]
     report.skipped = expected.skipped
     try:
@@ -189,8 +173,7 @@ def verify(
     precision = compute_precision(first.proto)
     total = len(expected.runs)
     for done, (feed, results, again) in enumerate(expected.runs):
-        if progress:
-            progress(done, total)
+        progress(done, total)
         try:
             got = _run_second(session, second, feed, expected.engine)
         except Unjudged as refusal:
@@ -199,21 +182,25 @@ def verify(
                 raise _incomparable(expected, refusal) from refusal
             continue
         except Refused as refusal:
-            report.runs += 1
+            got = {}
             sentence = f"only the second model refuses: {refusal}"
             report.differences.append(Difference("refused", "", sentence, feed.label))
-            continue
         report.runs += 1
         for output in report.outputs:
-            if output.name in got:
-                compared = (results[output.name], again[output.name], got[output.name])
-                _judge(output, feed, compared, precision, rtol=rtol, atol=atol)
+            if (name := output.name) not in got:
+                continue
+            if not compare(results[name], again[name], precision, rtol=rtol, atol=atol).equal:
+                output.unsteady += 1
+                continue
+            one = compare(results[name], got[name], precision, rtol=rtol, atol=atol, slack=feed.slack)
+            output.compared += 1
+            if not output.feed or worse(output.worst, one) is one:
+                output.worst, output.feed = one, feed.label
     for output in report.outputs:
         if not output.worst.equal:
             sentence = f"output {output.name!r}: {output.worst.reason}"
             report.differences.append(Difference("value", output.name, sentence, output.feed))
-    if progress:
-        progress(total, total)
+    progress(total, total)
     return report
 
 
@@ -221,14 +208,8 @@ class Unjudged(Refused):
     """onnxruntime runs neither model on these inputs, and the reference implementation not the second."""
 
 
-def _incomparable(expected: Expected, refusal: Refused) -> ModelError:
-    return ModelError(
-        f"onnxruntime does not run the first model ({expected.trouble}), and nothing runs the second ({refusal}): "
-        "they cannot be compared"
-    )
-
-
-class Expected:
+@dataclass(frozen=True, slots=True)
+class _Expected:
     """What the first model gives: it is run, twice for each input set, and let go before the second is loaded.
 
     Attributes:
@@ -239,42 +220,49 @@ class Expected:
         skipped: how many it refused.
     """
 
-    def __init__(
-        self, model: Model, inputs: Inputs | None, runs: int, sizes: Mapping[str, int] | None, optimized: bool
-    ) -> None:
-        """Raise ModelError where the model does not load, or takes no inputs."""
-        source = _runnable(model)
-        session = Session(source, optimized=optimized)
-        self.trouble = session.refusal
-        try:
-            self._run(model, session, inputs, runs, sizes)
-        except NothingRan as nothing:
-            # onnxruntime loads some models it then cannot run; the reference implementation may.
-            if session.engine == REFERENCE:
-                raise
-            self.trouble = str(nothing)
-            session = Session(source, reference=True)
-            self._run(model, session, inputs, runs, sizes)
-        self.engine, self.outputs = session.engine, session.outputs
+    engine: str
+    trouble: str
+    outputs: list[str]
+    runs: Sequence[tuple[Feed, Mapping[str, Any], Mapping[str, Any]]]
+    skipped: int
 
-    def _run(
-        self, model: Model, session: Session, inputs: Inputs | None, runs: int, sizes: Mapping[str, int] | None
-    ) -> None:
-        self.runs: list[tuple[Feed, Mapping[str, Any], Mapping[str, Any]]] = []
-        self.skipped = 0
-        refusal: Refused | None = None
-        for feed in (
-            given_feeds(inputs, model.proto, session.inputs)
-            if inputs is not None
-            else _drawn(model.proto, session, runs, sizes)
-        ):
+
+def _expected(
+    model: Model, inputs: Inputs | None, runs: int, sizes: Mapping[str, int] | None, optimized: bool
+) -> _Expected:
+    """Run the first model; ModelError where it does not load, or takes no inputs."""
+
+    def run(session: Session, trouble: str) -> _Expected:
+        feeds: Iterable[Feed]
+        if inputs is not None:
+            feeds = given_feeds(inputs, model.proto, session.inputs)
+        else:
+            feeds = islice(Feeder(declared_inputs(model.proto), session.run, sizes), runs)
+        taken, skipped, refusal = [], 0, None
+        for feed in feeds:
             try:
-                self.runs.append((feed, session.run(feed.values), session.run(feed.values)))
+                taken.append((feed, session.run(feed.values), session.run(feed.values)))
             except Refused as error:
-                refusal = error
-                self.skipped += 1
-        if not self.runs:
+                skipped, refusal = skipped + 1, error
+        if not taken:
             raise NothingRan(f"the first model refuses the inputs: {refusal}")
+        return _Expected(session.engine, trouble, session.outputs, taken, skipped)
+
+    session = Session(_runnable(model), optimized=optimized)
+    try:
+        return run(session, session.refusal)
+    except NothingRan as nothing:
+        # onnxruntime loads some models it then cannot run; the reference implementation may.
+        if session.engine == REFERENCE:
+            raise
+        return run(Session(_runnable(model), reference=True), str(nothing))
+
+
+def _incomparable(expected: _Expected, refusal: Refused) -> ModelError:
+    return ModelError(
+        f"onnxruntime does not run the first model ({expected.trouble}), and nothing runs the second ({refusal}): "
+        "they cannot be compared"
+    )
 
 
 def compute_precision(model: ModelProto) -> np.dtype[Any] | None:
@@ -283,12 +271,14 @@ def compute_precision(model: ModelProto) -> np.dtype[Any] | None:
     A half-precision tensor that is only cast to another type is storage, not computation.
     """
     narrow = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    graph = model.graph
-    weights = {t.name: t.data_type for t in graph.initializer if t.data_type in narrow}
-    stored = {"Cast", "DequantizeLinear"}
-    found = {weights[name] for n in graph.node if n.op_type not in stored for name in n.input if name in weights}
-    found |= {a.i for n in graph.node if n.op_type == "Cast" for a in n.attribute if a.name == "to" and a.i in narrow}
-    found |= {code for i in graph.input if (code := i.type.tensor_type.elem_type) in narrow}
+    weights = {t.name: t.data_type for t in model.graph.initializer}
+    found = {i.type.tensor_type.elem_type for i in model.graph.input}
+    for node in all_nodes(n for body in (model.graph, *model.functions) for n in body.node):
+        if node.op_type == "Cast":
+            found.update(a.i for a in node.attribute if a.name == "to")
+        elif node.op_type != "DequantizeLinear":
+            found.update(weights[name] for name in node.input if name in weights)
+    found &= narrow
     return helper.tensor_dtype_to_np_dtype(max(found)) if found else None  # BFLOAT16 is the coarser and the larger code
 
 
@@ -297,7 +287,7 @@ def _run_second(session: Session, model: Model, feed: Feed, engine: str) -> Mapp
     try:
         return session.run(values)
     except Refused as refusal:
-        if engine == session.engine:
+        if engine != REFERENCE or session.engine == REFERENCE:
             raise
         try:
             other = Session(_runnable(model), reference=True)
@@ -306,47 +296,19 @@ def _run_second(session: Session, model: Model, feed: Feed, engine: str) -> Mapp
     return other.run(values)
 
 
-def _drawn(model: ModelProto, session: Session, runs: int, sizes: Mapping[str, int] | None) -> Iterable[Feed]:
-    return islice(Feeder(declared_inputs(model), session.run, sizes), max(runs, 1))
-
-
 def _runnable(model: Model) -> Path | ModelProto:
     # From its file a model runs with its external data, and without a copy of its weights in Python.
     return model.path if model.path is not None else model.to_proto()
 
 
-def _judge(
-    output: OutputReport, feed: Feed, compared: tuple[Any, Any, Any], precision: np.dtype[Any] | None, **allowed: Any
-) -> None:
-    expected, again, got = compared
-    if not compare(expected, again, precision, **allowed).equal:
-        output.unsteady += 1
-        return
-    result = compare(expected, got, precision, slack=feed.slack, **allowed)
-    output.compared += 1
-    if not output.feed or worse(output.worst, result) is result:
-        output.worst, output.feed = result, feed.label
-
-
-def _declarations(a: ModelProto, b: ModelProto) -> list[Difference]:
-    """Return what the declared inputs and outputs say: missing, new, in another order, of another type or shape."""
+def _declarations(a: ModelProto, b: ModelProto) -> Iterator[Difference]:
+    """Yield what the declared inputs and outputs say: missing, new, in another order, of another type or shape."""
     weights = [{t.name for t in m.graph.initializer} for m in (a, b)]
-    inputs = [[i for i in m.graph.input if i.name not in w] for m, w in zip((a, b), weights, strict=True)]
-    return [*_interface("input", *inputs), *_interface("output", list(a.graph.output), list(b.graph.output))]
-
-
-def _interface(kind: str, a: list[ValueInfoProto], b: list[ValueInfoProto]) -> Iterable[Difference]:
-    there, here = {i.name: i for i in a}, {i.name: i for i in b}
-    for name in [name for name in there if name not in here]:
-        yield Difference(kind, name, f"{kind} {name!r} is missing in the second model")
-    for name in [name for name in here if name not in there]:
-        yield Difference(kind, name, f"{kind} {name!r} is new in the second model")
-    common = [name for name in there if name in here]
-    if len(common) == len(there) == len(here) and list(there) != list(here):
-        yield Difference(kind, "", f"the {kind}s are in another order: {', '.join(there)} became {', '.join(here)}")
-    for name in common:
-        if change := _type_change(there[name], here[name]):
-            yield Difference(kind, name, f"{kind} {name!r}: {change}")
+    fed = [[i for i in m.graph.input if i.name not in w] for m, w in zip((a, b), weights, strict=True)]
+    for name, sentence in interface("input", fed[0], fed[1], _type_change):
+        yield Difference("input", name, sentence)
+    for name, sentence in interface("output", a.graph.output, b.graph.output, _type_change):
+        yield Difference("output", name, sentence)
 
 
 def _type_change(a: ValueInfoProto, b: ValueInfoProto) -> str:
@@ -364,13 +326,3 @@ def _type_change(a: ValueInfoProto, b: ValueInfoProto) -> str:
     if len(shapes[0]) != len(shapes[1]) or any(m != n for m, n in fixed):
         return f"declared shape {shapes[0]} became {shapes[1]}"
     return ""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

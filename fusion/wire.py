@@ -7,29 +7,30 @@ the messages around it anew. Nothing is decoded, and no payload is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from onnx import ModelProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, TrainingInfoProto
 
-Piece = Sized  # bytes, a memoryview, or something with a length that knows how to write itself
+from fusion.store import Piece, Store
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-DEEPEST = 100  # protobuf's own limit on nested messages
+_FIXED = {FIXED64: 8, FIXED32: 4}
+_DEEPEST = 100  # protobuf's own limit on nested messages
 _WINDOW = 1 << 16  # bytes read at a time. A mapped file would do, but then the kernel counts megabytes around each look
 _HEAD = 20  # bytes that tag and length take at most
 
-
-class Readable(Protocol):
-    """Bytes in a file or in memory."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, offset: int, length: int) -> bytes: ...
-
-
-Wanted = Callable[[int, int], bool]
-Edit = Callable[[int, int], list[Piece] | None]
+# Per message that can hold a tensor, the fields that lead to one; the parts of sparse tensors depend on each other.
+_ENTERED = (ModelProto, GraphProto, FunctionProto, TrainingInfoProto, NodeProto, AttributeProto)
+_LEADING = {message.DESCRIPTOR.name for message in (*_ENTERED, TensorProto)}
+_CHILDREN = {
+    message.DESCRIPTOR.name: {
+        field.number: field.message_type.name
+        for field in message.DESCRIPTOR.fields
+        if field.message_type is not None and field.message_type.name in _LEADING
+    }
+    for message in _ENTERED
+}
 
 
 class WireError(ValueError):
@@ -55,8 +56,8 @@ class Field(NamedTuple):
     stop: int
 
 
-def fields(data: Readable, start: int, stop: int) -> Iterator[Field]:
-    """Step through the fields of the message that lies in `data` from `start` to `stop`.
+def fields(store: Store, start: int, stop: int) -> Iterator[Field]:
+    """Step through the fields of the message that lies in `store` from `start` to `stop`.
 
     Raises:
         WireError: the bytes are no message.
@@ -65,7 +66,7 @@ def fields(data: Readable, start: int, stop: int) -> Iterator[Field]:
     while at < stop:
         here = at - base
         if here + _HEAD > len(window) and base + len(window) < stop:
-            window, base, here = data.read(at, min(_WINDOW, stop - at)), at, 0
+            window, base, here = store.read(at, min(_WINDOW, stop - at)), at, 0
         tag = window[here]
         value = here + 1
         if tag >= 0x80:
@@ -78,10 +79,8 @@ def fields(data: Readable, start: int, stop: int) -> Iterator[Field]:
                 length, value = _varint(window, value - 1, base)
         elif wire == VARINT:
             length = _varint(window, value, base)[1] - value
-        elif wire == FIXED32:
-            length = 4
-        elif wire == FIXED64:
-            length = 8
+        elif wire in _FIXED:
+            length = _FIXED[wire]
         else:
             raise WireError(f"wire type {wire}, which no model uses", at)
         if tag < 8:
@@ -120,77 +119,40 @@ def header(field_number: int, length: int) -> bytes:
     return varint(field_number << 3 | BYTES) + varint(length)
 
 
-def replace_tensors(data: Readable, wanted: Wanted, edit: Edit) -> list[Piece]:
-    """Return the serialized ModelProto in `data` with other tensors, as pieces to be written one after the other.
+Wanted = Callable[[int, int], bool]
+Edit = Callable[[int, int], list[Piece] | None]
+
+
+def replace_tensors(store: Store, wanted: Wanted, edit: Edit) -> list[Piece]:
+    """Return the serialized ModelProto in `store` with other tensors, as pieces to be written one after the other.
 
     Args:
-        data: a serialized ModelProto.
         wanted: whether a message at these positions may hold a tensor to replace; only such messages are entered.
-        edit: the new content of the TensorProto at these positions, or None to leave it. Tensors inside sparse tensors
-            are not offered: index and value tensors depend on each other.
+        edit: the new content of the TensorProto at these positions, or None to leave it.
 
     Raises:
         WireError: the bytes are no message.
     """
-    changed = _replace(data, "ModelProto", 0, len(data), wanted, edit, DEEPEST)
-    return [data.read(0, len(data))] if changed is None else changed[0]
+    pieces = _replaced("ModelProto", store, 0, len(store), wanted, edit, _DEEPEST)
+    return [store.read(0, len(store))] if pieces is None else pieces
 
 
-def _replace(
-    data: Readable, message: str, start: int, stop: int, wanted: Wanted, edit: Edit, depth: int
-) -> tuple[list[Piece], int] | None:
-    """Return the pieces of one message and their total length, or None where it stays as it is."""
+def _replaced(
+    message: str, store: Store, start: int, stop: int, wanted: Wanted, edit: Edit, depth: int
+) -> list[Piece] | None:
+    """Return the pieces of one message, None where it stays as it is."""
+    if message == "TensorProto":
+        return edit(start, stop)
     if not depth:
         raise WireError("messages nested too deep", start)
     children = _CHILDREN[message]
     pieces: list[Piece] = []
-    size, kept = 0, start
-    for field in fields(data, start, stop):
-        child = children.get(field.number)
-        if child is None or field.wire != BYTES or not wanted(field.start, field.stop):
+    kept = start
+    for number, wire, tag, begin, end in fields(store, start, stop):
+        if number not in children or wire != BYTES or not wanted(begin, end):
             continue
-        if child == "TensorProto":
-            content = edit(field.start, field.stop)
-            inner = None if content is None else (content, sum(len(piece) for piece in content))
-        else:
-            inner = _replace(data, child, field.start, field.stop, wanted, edit, depth - 1)
-        if inner is None:
-            continue
-        head = header(field.number, inner[1])
-        pieces += (data.read(kept, field.tag - kept), head, *inner[0])
-        size += field.tag - kept + len(head) + inner[1]
-        kept = field.stop
-    if not pieces:
-        return None
-    pieces.append(data.read(kept, stop - kept))
-    return pieces, size + stop - kept
-
-
-def _tensor_paths() -> dict[str, dict[int, str]]:
-    """Return, per message that can hold a tensor, the fields that lead to one; read off onnx's own descriptors."""
-    messages = {}
-    waiting = [ModelProto.DESCRIPTOR]
-    while waiting:
-        descriptor = waiting.pop()
-        if descriptor.name not in messages:
-            messages[descriptor.name] = descriptor
-            waiting += [field.message_type for field in descriptor.fields if field.message_type is not None]
-    del messages["SparseTensorProto"]
-    leading = {"TensorProto"}
-    paths: dict[str, dict[int, str]] = {}
-    while True:
-        paths = {
-            name: {
-                field.number: field.message_type.name
-                for field in descriptor.fields
-                if field.message_type is not None and field.message_type.name in leading
-            }
-            for name, descriptor in messages.items()
-        }
-        reached = leading | {name for name, found in paths.items() if found}
-        if reached == leading:
-            return paths
-        leading = reached
-
-
-_CHILDREN = _tensor_paths()
+        inner = _replaced(children[number], store, begin, end, wanted, edit, depth - 1)
+        if inner is not None:
+            pieces += (store.read(kept, tag - kept), header(number, sum(map(len, inner))), *inner)
+            kept = end
+    return [*pieces, store.read(kept, stop - kept)] if pieces else None

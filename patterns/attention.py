@@ -11,7 +11,7 @@ def sdpa(q, k, v, bias, scale):
     return softmax(scale * (q @ axes(k, "... T D -> ... D T")) + bias) @ v
 
 
-@pattern(q="B S (H D)", k="B T (H D)", v="B T (H E)", bias=rest("B H S T"), scale=scalar())
+@pattern(q="B S (H D)", k="B T (H|1 D)", v="B T (H|1 E)", bias=rest("B H S T"), scale=scalar())
 def multi_head_attention(q, k, v, bias, scale):
     """Attention over heads that lie side by side in the hidden axis (Vaswani et al. 2017, section 3.2.2)."""
     q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H T D")
@@ -32,19 +32,32 @@ def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
     return multi_head_attention(q, k, v, bias, scale)
 
 
-@multi_head_attention.emit("onnx")
-def _(found, op):
+def _standard(found, op):
     found.require_one_dtype()
-    q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
-    heads = {"q_num_heads": found.size("H"), "kv_num_heads": found.size("H"), "scale": found.scale}
-    return op.guarded(op.Attention(q, k, v, op.additive(found.bias), **heads))
+    shared, (k, v) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"))
+    heads = {"q_num_heads": found.size("H"), "kv_num_heads": shared, "scale": found.scale}
+    return op.guarded(op.Attention(op.arranged(found.q), k, v, op.additive(found.bias), **heads))
+
+
+multi_head_attention.emit("onnx")(_standard)
+
+
+@multi_head_attention.emit("ort-cpu")
+def _(found, op):
+    found.require(
+        not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean"
+    )
+    return _standard(found, op)
 
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()
-    q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
+    forms = [[(found.k, "B T (H D)"), (found.v, "B T (H E)")]]
+    if found.k.shape[2] == found.v.shape[2]:  # the kernel takes keys and values by head where their sizes are equal
+        forms.append([(found.k, "B H T D"), (found.v, "B H T E")])
+    q, (k, v) = op.arranged(found.q), op.fewest(*forms)
     heads = {"num_heads": found.size("H"), "scale": found.scale}
     return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, op.additive(found.bias), **heads))
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+import building
 import numpy as np
 import pytest
-from building import BOOL, DOUBLE, FLOAT, FLOATS, HALF, INT64, Build, misses, numbers, operators, run, same
+from building import BOOL, DOUBLE, FLOAT, FLOATS, HALF, INT64, Build, misses, numbers, operators, run
 
+from fusion.api import library
+
+# What takes in a scale or a transposition where no attention could be written is another matter.
+same = partial(building.same, patterns=[pattern for pattern in library().values() if not pattern.is_last])
 FUSED = {"self_attention": 1}
 ANY = ({"self_attention": 1}, {"multi_head_attention": 1}, {"sdpa": 1}, {})
 SMALLEST = float(np.finfo(np.float32).min)
@@ -212,7 +218,11 @@ def test_queries_values_or_the_result_in_other_axes(perm, which):
     v = b.heads(b.projection("x", s.hidden), s.D, perms["v"])
     attended = b.matmul(b.softmax(b.mul(b.matmul(q, k), 0.5), axis=-1), v)
     merged = b.reshape(b.transpose(attended, perm=list(perms["out"])), [4, 4, 16])
-    assert "self_attention" not in same(b.model(merged), b.feeds).counts
+    counts = same(b.model(merged), b.feeds).counts
+    if which == "out":  # the result of the fused node is rearranged
+        assert counts == FUSED
+    else:
+        assert "self_attention" not in counts
 
 
 @pytest.mark.parametrize("split", ["(D H)", "(H D)"])

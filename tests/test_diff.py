@@ -68,6 +68,40 @@ def test_an_attribute_that_says_the_default_is_no_difference() -> None:
     assert not diff(graph("y = Softmax (x)"), graph("y = Softmax <axis = 0> (x)")).empty
 
 
+def test_the_default_is_that_of_the_models_opset() -> None:
+    """Softmax worked along axis 1 by default below opset 13."""
+    plain, first, last = (
+        model(f"g (float[n, 3, 4] x) => (float[n, 3, 4] y) {{ y = Softmax {axis} (x) }}", '"" : 11')
+        for axis in ("", "<axis = 1>", "<axis = -1>")
+    )
+    assert diff(plain, first).empty
+    assert not diff(plain, last).empty
+
+
+def test_an_output_that_is_left_out_names_nothing() -> None:
+    a = graph("d, k = Dropout (x) y = Clip (d, , d)")
+    b = graph("d = Dropout (x) y = Clip (d, , d)")
+    b.graph.node[0].output.append("")
+    assert diff(a, b).empty
+
+
+def test_renamed_values_are_no_difference_where_a_body_reads_them() -> None:
+    text = """g (bool c, float[n] x) => (float[n] y) { r = Relu (x) w = Constant <value = float {2}> ()
+      y = If (c) <then_branch = t () => (float[n] a) { a = Mul (r, w) },
+                  else_branch = e () => (float[n] b) { b = Abs (r) }> }"""
+    other = text.replace("r = Relu", "k = Relu").replace("(r", "(k").replace("w = C", "v = C").replace(", w)", ", v)")
+    assert diff(model(text), model(other)).empty
+
+
+def test_attributes_that_refer_to_a_parameter_are_compared() -> None:
+    text = """g (float[n] x) => (float[n] y) { y = f.p <v = 1> (x) }
+    <domain: "f", opset_import: ["" : 20]> p <v, u> (x) => (y) {
+      c = Constant <value : tensor = @v> () y = Mul (x, c) }"""
+    a, b = (model(text.replace("@v", ref), '"" : 20, "f" : 1') for ref in ("@v", "@u"))
+    (change,) = diff(a, b).scopes[0].changed
+    assert change.changes == ("attribute value: @v became @u",)
+
+
 def test_equal_constants_under_other_names_are_no_difference() -> None:
     a = graph("c = Constant <value = float {2}> () y = Mul (x, c)")
     b = graph("c = Constant <value = float {2}> () y = Mul (x, two)", "float two = {2}")
@@ -166,12 +200,13 @@ def test_different_rewrites_are_different_regions_though_they_share_a_value() ->
     b = graph("u = Sin (x) v = Cos (x) w = Add (u, v) y = Tanh (w)")
     for node, name in zip(a.graph.node, "tuvwy", strict=True):
         node.name = name
-    provenance(b.graph.node[0], "first", "t,u")
+    provenance(b.graph.node[0], "first", "t, u", "ring, powers")
     provenance(b.graph.node[1], "second", "v")
     assert [(r.kind, operators(r.removed)) for r in diff(a, b).regions] == [
         ("first", ["Abs", "Neg"]),
         ("second", ["Exp"]),
     ]
+    assert diff(a, b).regions[0].laws == ("ring", "powers")
 
 
 def test_what_went_for_nothing_is_a_region_of_its_own_at_the_end() -> None:
@@ -232,8 +267,8 @@ def test_inputs_and_outputs_are_compared() -> None:
     a = model("g (float[n] x, float[n] z) => (float[n] y, float[n] w) { y = Neg (x) w = Neg (z) }")
     b = model("g (float[m] x, float[n] v) => (float[n] w, float[n] y) { y = Neg (x) w = Neg (v) }")
     interface = diff(a, b).scopes[0].interface
-    assert interface[:2] == ["input 'z' removed", "input 'v' added"]
-    assert "outputs in another order: y, w became w, y" in interface
+    assert interface[:2] == ["input 'z' is missing in the second model", "input 'v' is new in the second model"]
+    assert "the outputs are in another order: y, w became w, y" in interface
     assert any(s.startswith("input 'x': ") for s in interface)
 
 
@@ -320,6 +355,15 @@ def test_the_page_escapes_names(tmp_path: Path) -> None:
         proto.graph.node[0].name = "<script>alert(1)</script>"
     diff(a, b).to_html(tmp_path / "d.html")
     assert "<script" not in (tmp_path / "d.html").read_text()
+
+
+def test_a_circle_of_nodes_is_listed_and_not_drawn(tmp_path: Path) -> None:
+    a, b = graph("p = Add (x, x) q = Neg (p) y = Exp (q)"), graph("y = Abs (x)")
+    a.graph.node[0].input[1] = "q"
+    diff(a, b).to_html(tmp_path / "d.html")
+    text = (tmp_path / "d.html").read_text()
+    assert text.count("<svg") == 1
+    assert '<p class="quiet">Add, Exp, Neg</p>' in text
 
 
 def test_the_page_draws_a_limited_number_of_regions_and_says_how_many_more(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,25 @@ def test_in_another_folder_the_data_goes_along(data: str, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / data).samefile(tmp_path / "in" / data)
 
 
+def test_a_model_may_have_more_data_files_than_a_process_can_open(tmp_path: Path) -> None:
+    proto = model(location="w0.bin")
+    for index in range(1, 60):
+        tensor = proto.graph.initializer.add()
+        tensor.CopyFrom(proto.graph.initializer[0])
+        tensor.name, tensor.external_data[0].value = f"w{index}", f"w{index}.bin"
+    for index in range(60):
+        (tmp_path / f"w{index}.bin").write_bytes(VALUES.tobytes())
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    (tmp_path / "out").mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 30, limits[1]))
+    try:
+        save(load(tmp_path / "m.onnx"), tmp_path / "out" / "m.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(names(tmp_path / "out")) == 61
+
+
 def test_the_folder_may_be_reached_by_another_way(tmp_path: Path) -> None:
     source = stored(tmp_path / "real")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -179,7 +200,7 @@ def test_a_failure_leaves_no_data_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fusion.payload.write", full)
+    monkeypatch.setattr("fusion.store.write", full)
     with pytest.raises(OutputError, match="No space left"):
         save(load(source), tmp_path / "out" / "new.onnx")
     assert list((tmp_path / "out").iterdir()) == []
@@ -192,7 +213,6 @@ def deriving(source: Path) -> Model:
     loaded = load(source)
     tensor = loaded.proto.graph.initializer[0]
     loaded.proto.graph.initializer.append(loaded.derive("twice", [tensor, tensor], axis=1))
-    loaded.edited = True
     return loaded
 
 
@@ -213,7 +233,6 @@ def test_new_weights_never_replace_those_they_are_made_of(tmp_path: Path) -> Non
     again = load(tmp_path / "out.onnx")
     tensors = again.proto.graph.initializer
     tensors.append(again.derive("thrice", [tensors[1], tensors[0]], axis=1))
-    again.edited = True
     save(again, tmp_path / "out.onnx")
     written = onnx.load(tmp_path / "out.onnx").graph.initializer
     assert np.array_equal(numpy_helper.to_array(written[1]), np.hstack([VALUES] * 2))

@@ -512,7 +512,7 @@ def test_forget_drops_what_is_asked_and_nothing_else():
     facts = facts_of([node("Relu", "x", "y"), node("Relu", "y", "z")], {"x": ["B"]})
     y, z = value(facts, "y"), value(facts, "z")
     assert facts.shape(z) == (B,)
-    y.producer.op = "Unknown"
+    y.producer.key = "Unknown"
     facts.forget([y])
     assert facts.shape(y) is None
     assert facts.shape(z) == (B,)

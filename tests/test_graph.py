@@ -54,7 +54,7 @@ def test_a_value_read_twice_by_one_node_has_one_use_of_two_slots():
     x = value(graph, "x")
     assert list(x.uses.values()) == [2]
     assert x.only_use is producer(graph, "y")
-    assert (x.is_input, x.producer, x.is_output) == (True, None, False)
+    assert (x.producer, x.is_output) == (None, False)
 
 
 def test_a_graph_output_with_one_reader_has_no_only_use():
@@ -121,7 +121,6 @@ def test_an_initializer_that_is_an_input_is_not_a_constant():
     b.add(b.add("x", "w"), "v", output="y")
     graph = graph_of(b.model("y"))
     assert value(graph, "w").tensor is None
-    assert value(graph, "w").is_input
     assert value(graph, "v").tensor.name == "v"
 
 
@@ -158,7 +157,7 @@ def test_a_function_is_a_scope_of_its_own_opsets():
     assert function.find("x") is None
     total = function.values["b"].producer
     assert (total.version, next(iter(main.nodes)).version) == (13, 1)
-    assert function.values["a"].is_input
+    assert function.values["a"].producer is None
     assert function.values["b"].is_output
     assert graph.by_op.keys() == {"local::Twice", "Neg", "Sum"}
 
@@ -215,7 +214,6 @@ def test_a_graph_without_edits_leaves_the_protobuf_untouched():
     before = model.proto.SerializeToString(deterministic=True)
     assert Graph(model).commit() is False
     assert model.proto.SerializeToString(deterministic=True) == before
-    assert not model.edited
 
 
 def test_a_new_node_takes_over_the_name_of_an_output():
@@ -300,6 +298,43 @@ def test_removing_a_node_with_bodies_frees_what_they_captured():
     graph.commit()
     well_formed(graph.model.proto)
     assert [node.op_type for node in graph.model.proto.graph.node] == ["Neg", "Abs", "Relu"]
+
+
+def test_what_only_a_removed_body_read_goes_with_it():
+    model = with_body()
+    del model.graph.output[1:], model.graph.node[1]  # nothing but a body reads `outer` now
+    assert [node.op_type for node in model.graph.node] == ["Neg", "If"]
+    graph = graph_of(model)
+    y = value(graph, "y")
+    old = y.producer
+    graph.add_node(graph.main, "Relu", [value(graph, "x")], [y], at=old)
+    assert [node.op for node in graph.remove_dead([old])] == ["If", "Neg"]
+    assert "outer" not in graph.main.values
+
+
+def test_a_fresh_name_is_no_nodes_name_either():
+    graph = graph_of(with_body())
+    assert graph.fresh("If_y") != "If_y"
+
+
+def test_a_body_in_a_function_imports_into_the_function():
+    inner = Build(prefix="b")
+    body = inner.graph(inner.relu("a"))
+    nodes = [helper.make_node("If", ["c"], ["b"], then_branch=body, else_branch=body)]
+    function = helper.make_function("local", "F", ["a", "c"], ["b"], nodes, [helper.make_opsetid("", 17)])
+    b = Build(opset=17)
+    b.node("F", b.input("x", [2]), b.input("c", [], BOOL), output="y", domain="local")
+    graph = graph_of(b.model("y", functions=[function], domains=["local"]))
+    scope = graph.scopes[2]
+    (result,) = scope.outputs
+    old = result.producer
+    graph.import_opset("com.microsoft", 1)
+    graph.add_node(scope, "Gelu", [scope.find("a")], [result], at=old, domain="com.microsoft")
+    graph.remove_dead([old])
+    graph.commit()
+    proto = graph.model.proto
+    assert "com.microsoft" in {entry.domain for entry in proto.functions[0].opset_import}
+    assert "com.microsoft" not in {entry.domain for entry in proto.opset_import}
 
 
 def test_fresh_names_avoid_the_names_of_every_scope_and_each_other():

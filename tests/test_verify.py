@@ -239,6 +239,14 @@ def test_masks_come_full_padded_on_both_sides_with_holes_and_with_an_empty_row()
     assert seen["holes"].any(axis=1).all()
 
 
+def test_a_truth_value_is_true_and_false() -> None:
+    text = """g (bool c, float[n] x) => (float[n] y) {
+      y = If (c) <then_branch = t () => (float[n] a) { a = Neg (x) },
+                  else_branch = e () => (float[n] b) { b = Abs (x) }> }"""
+    assert {bool(feed.values["c"]) for feed, _ in zip(feeder(text), range(8), strict=False)} == {True, False}
+    assert not verify(model(text), model(text.replace("Abs", "Exp"))).equal
+
+
 def test_the_size_of_a_vocabulary_is_found_by_trying() -> None:
     text = "g (int64[n] ids, float[20, 4] table) => (float[n, 4] y) { y = Gather (table, ids) }"
     drawn = [feed.values["ids"] for feed, _ in zip(feeder(text), range(8), strict=False)]
@@ -289,6 +297,13 @@ def test_half_precision_inside_counts_for_outputs_in_single_precision() -> None:
     assert compute_precision(model(stored)) is None
 
 
+def test_half_precision_in_a_body_or_a_function_counts() -> None:
+    function = """g (float[n] x) => (float[n] y) { y = f.half (x) }
+      <domain: "f", opset_import: ["" : 17]> half (v) => (w) { h = Cast <to = 10> (v) w = Cast <to = 1> (h) }"""
+    proto = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17, "f" : 1]>\n{function}')
+    assert compute_precision(proto) == np.dtype("float16")
+
+
 def test_what_onnxruntime_has_no_kernel_for_is_run_by_the_reference() -> None:
     text = "g (bfloat16[n] x) => (bfloat16[n] y) { y = Erf (x) }"
     report = verify(model(text), model(text))
@@ -332,8 +347,9 @@ def test_a_missing_given_input_is_named(tmp_path: Path) -> None:
         verify(model(GELU), model(GELU), inputs=tmp_path / "in.npz")
 
 
-def test_a_file_that_is_no_archive_is_named(tmp_path: Path) -> None:
-    (tmp_path / "in.npz").write_text("no archive")
+@pytest.mark.parametrize("content", [b"no archive", b"", b"PK\x03\x04 an archive that was cut off"])
+def test_a_file_that_is_no_archive_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "in.npz").write_bytes(content)
     with pytest.raises(ModelError, match=r"in\.npz: not an \.npz file"):
         verify(model(GELU), model(GELU), inputs=tmp_path / "in.npz")
 
@@ -356,10 +372,22 @@ def test_a_model_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 def test_inputs_that_cannot_be_drawn_are_named() -> None:
     text = "g (seq(float[n]) xs) => (float[m] y) { y = ConcatFromSequence <axis = 0> (xs) }"
-    with pytest.raises(ModelError, match="input 'xs' is a sequence, which cannot be drawn: give the inputs"):
+    with pytest.raises(ModelError, match="input 'xs' is a sequence, so it cannot be drawn: give the inputs"):
         verify(model(text), model(text))
     given = {"xs": [np.zeros(2, "float32"), np.ones(3, "float32")]}
     assert verify(model(text), model(text), inputs=given).equal
+
+
+def test_an_input_without_a_type_is_named() -> None:
+    untyped = model(GELU)
+    untyped.graph.input[0].type.tensor_type.elem_type = 0
+    with pytest.raises(ModelError, match="input 'x' has no element type, so it cannot be drawn"):
+        declared_inputs(untyped)
+
+
+def test_an_empty_list_of_inputs_is_an_error() -> None:
+    with pytest.raises(ModelError, match="no inputs were given"):
+        verify(model(GELU), model(GELU), inputs=[])
 
 
 def test_external_data_beside_the_model_is_found(tmp_path: Path) -> None:
@@ -384,6 +412,12 @@ def test_the_printed_report_says_what_was_done_and_what_differs() -> None:
     text = printed(verify(model(GELU), model(GELU.replace("{0.5}", "{0.6}"))))
     assert "different: 1 difference (8 input sets)" in text
     assert "✗ output 'y': " in text
+
+
+def test_markup_in_names_is_printed_as_it_is() -> None:
+    odd = model(GELU)
+    odd.graph.node[-1].output[0] = odd.graph.output[0].name = "y[/red]"
+    assert "y[/red]" in printed(verify(odd, odd))
 
 
 def test_the_report_is_json_even_where_the_error_is_infinite() -> None:

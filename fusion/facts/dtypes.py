@@ -42,6 +42,15 @@ _LIKE_INPUT = frozenset(
 )
 
 
+def like(value: Value, known: object) -> Value | None:
+    """The input that has the element type of `value` by the operator's schema; None where that says something else."""
+    node = value.producer
+    if node is None or node.domain:
+        return None
+    source = _source(node.op, node.version, value.slot)
+    return None if source is None else node.input(source)
+
+
 def dtype(facts: Facts, value: Value) -> int | None:
     """The element type of `value`; declared types count where the operator does not say it."""
     found = constants.stored(value)
@@ -73,7 +82,7 @@ def _computed(facts: Facts, node: Node, slot: int) -> int | None:
     if node.op == "If":
         found = {facts.dtype(body.outputs[slot]) for body in node.bodies if slot < len(body.outputs)}
         return found.pop() if len(found) == 1 else None
-    if any(item.name in ("dtype", "output_dtype") for item in node.proto.attribute):
+    if _chooses(node.op, node.version) and any(a.name in _CHOICES for a in node.proto.attribute):
         chosen = attribute(node, "dtype") or attribute(node, "output_dtype")
         return chosen if isinstance(chosen, int) and chosen else None
     if node.op == "SimplifiedLayerNormalization" or (node.op == "LayerNormalization" and node.version < 17):
@@ -89,6 +98,24 @@ def _computed(facts: Facts, node: Node, slot: int) -> int | None:
 def _of_input(facts: Facts, node: Node, slot: int) -> int | None:
     value = node.input(slot)
     return None if value is None else facts.dtype(value)
+
+
+_CHOICES = ("dtype", "output_dtype")
+
+
+@cache
+def _chooses(op: str, version: int) -> bool:
+    """Whether an attribute of the operator may name the element type of its result."""
+    try:
+        return any(name in defs.get_schema(op, version, "").attributes for name in _CHOICES)
+    except defs.SchemaError:
+        return True
+
+
+@cache
+def _source(op: str, version: int, slot: int) -> int | None:
+    rules = _rules(op, version)
+    return rules[min(slot, len(rules) - 1)][1] if rules and not _chooses(op, version) else None
 
 
 @cache

@@ -10,7 +10,7 @@ from fusion.dims import Dim
 from fusion.facts.common import attribute_int, attribute_ints, listed_dims
 from fusion.facts.pieces import cut, slice_bounds, split_sizes
 from fusion.facts.shapes import squeezed_axes
-from fusion.graph import Node
+from fusion.graph import Node, Value
 from fusion.layout import Layout
 from fusion.schema import attribute, axes
 
@@ -138,6 +138,29 @@ def _spacing(places: Sequence[Dim | None]) -> int | None:
     return step if not distances and isinstance(step, int) and step != 0 else None
 
 
+def _concat(facts: Facts, node: Node, slot: int, data: Layout) -> Layout | None:
+    """Copies of one value, side by side: a Tile of it."""
+    along = axes(node, facts)
+    sources = {_source(facts, value) for value in node.inputs}
+    if along is None or len(sources) != 1 or None in sources:
+        return None
+    return data.tile([len(node.inputs) if axis == along[0] else 1 for axis in range(len(data.axes))])
+
+
+def _source(facts: Facts, value: Value | None) -> tuple[Value, Layout] | None:
+    """What a value rearranges, and how; itself where it computes."""
+    shape = facts.shape(value) if value is not None else None
+    if value is None or shape is None:
+        return None
+    layout = Layout.identity(shape)
+    while (through := facts.through(value)) is not None:
+        composed = layout.compose(through[1])
+        if composed is None:
+            break
+        value, layout = through[0], composed
+    return value, layout
+
+
 def _blocks(facts: Facts, node: Node, slot: int, data: Layout) -> Layout | None:
     """DepthToSpace and SpaceToDepth: a reshape to six axes, a transposition, and a reshape back."""
     size = attribute_int(node, "blocksize")
@@ -159,6 +182,7 @@ def _blocks(facts: Facts, node: Node, slot: int, data: Layout) -> Layout | None:
 
 
 RULES: dict[str, Rule] = {
+    "Concat": _concat,
     "DepthToSpace": _blocks,
     "Expand": _expand,
     "Flatten": _reshape,

@@ -1,4 +1,5 @@
-"""Noise: nodes that change no number worth speaking of: Identity, Dropout at inference, Casts between floats.
+"""Noise: nodes that change no number worth speaking of: Identity, Dropout at inference, Casts between floats or to the
+same type.
 
 A Cast from an integer or a boolean is not noise. Every crossing is recorded, so that an emission knows the dtypes.
 """
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from fusion.writer import Written
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
-
 OPERATORS = frozenset({"Identity", "Dropout", "Cast", "CastLike"})
 
 
@@ -35,7 +35,8 @@ def crossed(node: Node, value: Value, facts: Facts) -> Value | None:
             return source
         return None
     if node.op in ("Cast", "CastLike") and source is not None:
-        return source if facts.dtype(source) in FLOATS and facts.dtype(value) in FLOATS else None
+        given, result = facts.dtype(source), facts.dtype(value)
+        return source if given is not None and (given == result or {given, result} <= FLOATS) else None
     return None
 
 

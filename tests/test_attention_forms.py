@@ -1,0 +1,207 @@
+"""Attention in the axes exporters leave it in: raw products, other orders of the result, shared heads, masks on p."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from building import BOOL, misses, numbers, operators
+from test_attention import CROSS, PRIMES, SMALLEST, Attention, Sizes, same
+
+MULTI = {"multi_head_attention": 1}
+
+
+def by_head(b: Attention, s: Sizes) -> tuple[str, str, str]:
+    """q (B, H, S, D), k (B, H, T, D) and v (B, H, T, E) as inputs."""
+    q = b.feed("q", numbers(s.B, s.H, s.S, s.D, seed=3), ["B", s.H, "S", s.D])
+    k = b.feed("k", numbers(s.B, s.H, s.T, s.D, seed=4), ["B", s.H, "T", s.D])
+    v = b.feed("v", numbers(s.B, s.H, s.T, s.E, seed=5), ["B", s.H, "T", s.E])
+    return q, k, v
+
+
+def attend(b: Attention, q: str, k: str, v: str, perm=(0, 1, 3, 2)) -> str:
+    scores = b.mul(b.matmul(q, b.transpose(k, perm=list(perm))), 0.3)
+    return b.matmul(b.softmax(scores, axis=-1), v)
+
+
+@pytest.mark.parametrize("sizes", [PRIMES, CROSS, Sizes(1, 1, 6, 3, 4, 4, 5)], ids=["self", "cross", "one query"])
+def test_products_of_heads_without_any_rearrangement(sizes):
+    b = Attention(sizes)
+    result = same(b.model(attend(b, *by_head(b, sizes))), b.feeds)
+    assert result.counts == MULTI
+    assert operators(result.model)["MultiHeadAttention"] == 1
+
+
+def test_keys_and_values_by_head_are_read_as_they_lie():
+    b = Attention(CROSS)
+    s = CROSS
+    k = b.feed("k", numbers(s.B, s.H, s.T, s.D, seed=4), ["B", s.H, "T", s.D])
+    v = b.feed("v", numbers(s.B, s.H, s.T, s.D, seed=5), ["B", s.H, "T", s.D])
+    q = b.heads(b.projection("x", s.hidden), s.D)
+    result = same(b.model(b.merged(attend(b, q, k, v))), b.feeds)
+    assert operators(result.model) == {"MatMul": 1, "Add": 1, "MultiHeadAttention": 1}
+
+
+def test_heads_of_one_batch_axis():
+    """(B H) as one axis, and nothing that says which part of it is heads: one head then."""
+    b = Attention(PRIMES)
+    s = PRIMES
+    q = b.feed("q", numbers(6, s.S, s.D, seed=3), ["N", "S", s.D])
+    k = b.feed("k", numbers(6, s.T, s.D, seed=4), ["N", "T", s.D])
+    v = b.feed("v", numbers(6, s.T, s.E, seed=5), ["N", "T", s.E])
+    result = same(b.model(attend(b, q, k, v, (0, 2, 1))), b.feeds)
+    assert result.counts == MULTI
+    (node,) = [node for node in result.model.graph.node if node.op_type == "MultiHeadAttention"]
+    assert {a.name: a.i for a in node.attribute}["num_heads"] == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sequence_first(dynamic):
+    """(S, B, (H D)), as torch.nn.MultiheadAttention lays it: heads are found in the merged axis of batch and heads."""
+    b = Attention(PRIMES, dynamic=dynamic)
+    s = PRIMES
+    turned = b.transpose("x", perm=[1, 0, 2])
+
+    def heads(x: str, size: int) -> str:
+        return b.transpose(b.reshape(x, [s.S if not dynamic else -1, s.B * s.H, size]), perm=[1, 0, 2])
+
+    q, k, v = (heads(b.projection(turned, s.hidden), s.D) for _ in range(3))
+    attended = attend(b, q, k, v, (0, 2, 1))
+    merged = b.reshape(b.transpose(attended, perm=[1, 0, 2]), [-1, s.B, s.hidden])
+    result = same(b.model(merged), b.feeds)
+    assert sum(result.counts.values()) == 1
+    (node,) = [node for node in result.model.graph.node if "Attention" in node.op_type]
+    assert {a.name: a.i for a in node.attribute}["num_heads"] == s.H
+
+
+def test_channels_before_positions():
+    """A result (B, (H E), S), as convolutional models want it."""
+    b = Attention(PRIMES)
+    s = PRIMES
+    attended = attend(b, *by_head(b, Sizes(T=s.S)))
+    merged = b.reshape(b.transpose(attended, perm=[0, 1, 3, 2]), [0, s.H * s.E, -1])
+    assert same(b.model(merged), b.feeds).counts == MULTI
+
+
+def test_windows_are_batch():
+    """Five axes: (B, W, H, S, D)."""
+    b = Attention(PRIMES)
+    s = PRIMES
+    q, k, v = (b.feed(n, numbers(2, 4, s.H, s.S, s.D, seed=i), ["B", 4, s.H, s.S, s.D]) for i, n in enumerate("qkv"))
+    attended = attend(b, q, k, v, (0, 1, 2, 4, 3))
+    merged = b.reshape(b.transpose(attended, perm=[0, 1, 3, 2, 4]), [-1, s.S, s.hidden])
+    result = same(b.model(merged), b.feeds)
+    assert result.counts == MULTI
+    (node,) = [node for node in result.model.graph.node if node.op_type == "MultiHeadAttention"]
+    assert {a.name: a.i for a in node.attribute}["num_heads"] == s.H
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("how", ["expand", "broadcast"])
+def test_heads_that_share_keys_and_values(groups, how):
+    """H = 6 query heads over 1, 2 or 6 heads of keys."""
+    b = Attention(Sizes(H=6))
+    s = b.sizes
+    q = b.heads(b.projection("x", s.hidden), s.D)
+
+    def shared(width: int) -> str:
+        made = b.transpose(b.reshape(b.projection("x", groups * width), [0, -1, groups, width]), perm=[0, 2, 1, 3])
+        if how == "broadcast" and groups == 1:
+            return made
+        wide = b.expand(b.unsqueeze(made, np.array([2])), np.array([1, 1, 6 // groups, 1, 1]))
+        return b.reshape(wide, np.array([0, 6, -1, width]))
+
+    result = same(b.model(b.merged(attend(b, q, shared(s.D), shared(s.E)))), b.feeds)
+    assert sum(result.counts.values()) == 1
+
+
+@pytest.mark.parametrize("whole_row", [False, True])
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("fill", [SMALLEST, -np.inf])
+def test_a_mask_on_the_probabilities_too(fill, inverted, whole_row):
+    """Rows that are masked everywhere give 0, with a number or -inf as fill."""
+    b = Attention(PRIMES)
+    s = PRIMES
+    mask = np.random.default_rng(0).random((s.B, 1, s.S, s.S)) < 0.6
+    mask[:, :, :, 0] = True
+    mask[0, 0, 1] = mask[0, 0, 1] & (not whole_row)
+    m = b.feed("m", mask != inverted, ["B", 1, "S", "S"], BOOL)
+    q, k, v = b.qkv()
+
+    def where(x: str, other: float) -> str:
+        return b.where(m, other, x) if inverted else b.where(m, x, other)
+
+    p = where(b.softmax(where(b.mul(b.matmul(q, k), 0.4), fill), axis=-1), 0.0)
+    result = same(b.model(b.merged(b.matmul(p, v))), b.feeds)
+    assert sum(result.counts.values()) == 1
+
+
+def test_another_mask_on_the_probabilities_is_no_mask_of_the_scores():
+    b = Attention(PRIMES)
+    s = PRIMES
+    masks = [b.feed(n, np.random.default_rng(i).random((s.B, 1, s.S, s.S)) < 0.7, ["B", 1, "S", "S"], BOOL)
+             for i, n in enumerate("mn")]  # fmt: skip
+    q, k, v = b.qkv()
+    scores = b.where(masks[0], b.mul(b.matmul(q, k), 0.4), SMALLEST)
+    model = b.model(b.merged(b.matmul(b.where(masks[1], b.softmax(scores, axis=-1), 0.0), v)))
+    result = same(model, b.feeds)
+    assert not result.counts
+    assert any("masks no score" in text for _, text in misses(result, "multi_head_attention"))
+
+
+# Masks with a number that is not the smallest -----------------------------------------------------------------------
+
+
+def triangle(size: int, diagonal: int = 0) -> np.ndarray:
+    return np.tril(np.ones((1, 1, size, size), bool), diagonal)
+
+
+def masked(b: Attention, mask: np.ndarray, fill: float, after=None) -> object:
+    q, k, v = b.qkv()
+    scores = b.where(b.constant(mask), b.mul(b.matmul(q, k), 0.4), fill)
+    if after is not None:
+        scores = b.add(scores, after)
+    return b.model(b.merged(b.matmul(b.softmax(scores, axis=-1), v)))
+
+
+def test_a_causal_mask_hides_whatever_its_number():
+    b = Attention(PRIMES, dynamic=False)
+    assert sum(same(masked(b, triangle(5), -1e4), b.feeds).counts.values()) == 1
+
+
+@pytest.mark.parametrize("case", ["a row without keys", "a small number", "a bias after it"])
+def test_a_number_that_does_not_hide_is_refused(case):
+    b = Attention(PRIMES, dynamic=False)
+    mask = triangle(5, -1 if case == "a row without keys" else 0)
+    after = numbers(1, 1, 5, 5, seed=9, scale=-1e4) if case == "a bias after it" else None
+    model = masked(b, mask, -50.0 if case == "a small number" else -1e4, after)
+    result = same(model, b.feeds)
+    assert not result.counts
+    assert any("does not absorb" in text for _, text in misses(result, "multi_head_attention"))
+
+
+def test_a_scaled_query_that_others_read_stays():
+    b = Attention(PRIMES)
+    q, k, v = b.qkv()
+    scaled = b.mul(q, 0.4)
+    attended = b.merged(b.matmul(b.softmax(b.matmul(scaled, k), axis=-1), v))
+    result = same(b.model(attended, b.relu(scaled)), b.feeds)
+    assert result.counts == MULTI
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_the_standard_operator_reads_shared_heads_once(groups):
+    """Without masks it is the standard operator from opset 23 on, and nothing is repeated any more."""
+    b = Attention(Sizes(H=6), opset=23)
+    s = b.sizes
+    q = b.heads(b.projection("x", s.hidden), s.D)
+
+    def shared(width: int) -> str:
+        made = b.transpose(b.reshape(b.projection("x", groups * width), [0, -1, groups, width]), perm=[0, 2, 1, 3])
+        wide = b.expand(b.unsqueeze(made, np.array([2])), np.array([1, 1, 6 // groups, 1, 1]))
+        return b.reshape(wide, np.array([0, 6, -1, width]))
+
+    result = same(b.model(b.merged(attend(b, q, shared(s.D), shared(s.E)))), b.feeds, patterns=["multi_head_attention"])
+    (node,) = [node for node in result.model.graph.node if node.op_type == "Attention"]
+    attributes = {a.name: a.i for a in node.attribute}
+    assert (attributes["q_num_heads"], attributes["kv_num_heads"]) == (6, groups)
+    assert not {"Expand", "Reshape", "Transpose"} & operators(result.model).keys()
