@@ -636,11 +636,23 @@ class Matcher:
             bound = state.copy()
             bound.bound[name] = Ref(ref.value, viewed)
             yield bound
-        elif isinstance(known, Ref) and same(self.view, known, Ref(ref.value, viewed)):
-            yield state
+        elif isinstance(known, Ref) and (again := self.again(known, Ref(ref.value, viewed), state)):
+            yield again
         else:
             was = known.value.name if isinstance(known, Ref) else str(known)
             yield from self.miss(state, "same value", f"{name} = {was} again", ref.value.name, 1, ref.value.name)
+
+
+    def again(self, known: Ref, ref: Ref, state: State) -> State | None:
+        """The state where a capture that is read again is the same numbers; None where that is not proved."""
+        if known == ref:
+            return state
+        met: list[Value] = []
+        if not same(self.view, known, ref, met):
+            return None
+        proved = state.copy()
+        proved.proved[known.value] = (*state.proved.get(known.value, ()), *met)
+        return proved
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------

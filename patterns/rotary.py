@@ -39,8 +39,8 @@ def _lying(found):
     """
     last = found.rank - 1
     if last < 2:
-        lying = ((), 0 if last else (), last)
-        return lying, lying, False
+        alone = ((), 0 if last else (), last)
+        return alone, alone, False
     read = {axis for axis in range(last) if found.cos.depends(axis) or found.sin.depends(axis)}
     sequence = 1 if 1 in read or last == 2 else last - 1
     found.require(read <= {0, sequence}, "cos and sin are not the same for all heads")

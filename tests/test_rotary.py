@@ -241,6 +241,14 @@ def test_dynamic_sizes_run_at_several_of_them():
         np.testing.assert_allclose(got, rotation(laid, np.cos(angles), np.sin(angles)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_checked_rewrite_runs_both_sides_with_halves_that_are_equal(spelling, source):
+    built = model(spelling, source, passed=2)
+    (match,) = same(built[0], built[1], check=True).matches
+    assert match.checked, match.unchecked
+
+
 def test_cos_and_sin_are_made_once_for_all_layers():
     b = Build(opset=17)
     cos, sin = (b.unsqueeze(cache, [1]) for cache in from_positions(b, ("B", "S"), 4))
