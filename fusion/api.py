@@ -236,6 +236,8 @@ def _explained(rewriter: Rewriter, limit: int | None, known: set[str]) -> list[N
     """The nearest misses around anchors, those that are nearer to the pattern than to nothing."""
     found: dict[tuple[str, str], NearMiss] = {}
     for plan in rewriter.plans:
+        if limit is not None and plan.pattern.is_last:
+            continue  # any product is nearly one of these
         for anchor in rewriter.anchors(plan)[:limit]:
             near = rewriter.explain(plan, anchor)
             if near is None or near.root in known or near.unmet * 2 > near.weight:

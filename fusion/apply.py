@@ -106,6 +106,8 @@ class _Application:
             operand.axis,
             transpose=[permutation for _, permutation in operand.parts],
         )
+        if operand.shape is not None:
+            tensor.dims[:] = [int(str(dim)) for dim in operand.shape]
         return self.graph.add_initializer(self.scope, tensor, self.found.node)
 
     def _constant(self, tensor: TensorProto) -> Value:
@@ -176,14 +178,17 @@ class _Application:
             node.proto.metadata_props.add(key=key, value=text)
 
 
+_LAWS = {
+    "ring": ring.SUMS | ring.PRODUCTS,
+    "powers": powers.OPERATORS,
+    "reduction": reduction.OPERATORS,
+    "contraction": contraction.OPERATORS,
+    "noise": {"Cast", "Identity", "Dropout"},
+    "guards": {"Where", "IsNaN"},
+}
+
+
 def _laws(nodes: Sequence[Node]) -> list[str]:
     """The laws under which these nodes were read."""
-    known = {
-        "ring": ring.SUMS | ring.PRODUCTS,
-        "powers": powers.OPERATORS,
-        "reduction": reduction.OPERATORS,
-        "contraction": contraction.OPERATORS,
-        "noise": {"Cast", "Identity", "Dropout"},
-        "guards": {"Where", "IsNaN"},
-    }
-    return [law for law, operators in known.items() if any(node.key in operators for node in nodes)]
+    operators = {node.key for node in nodes}
+    return [law for law, known in _LAWS.items() if not operators.isdisjoint(known)]

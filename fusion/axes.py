@@ -102,6 +102,8 @@ class Axes:
             start = len(order)
             for letter in (token,) if isinstance(token, str) else token:
                 axes = self.positions(letter, context, state)
+                if letter not in context and letter not in state.letters:
+                    return f"no axis is left for {letter}"
                 order.extend(axes)
                 if letter == ELLIPSIS or letter in loose:
                     continue

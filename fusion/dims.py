@@ -6,7 +6,7 @@ operands agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import gcd
 
@@ -197,16 +197,21 @@ def _nested_atoms(dim: Dim) -> dict[Poly, Atom]:
     return found
 
 
-def substitute(dim: Dim, mapping: Mapping[Poly, Dim]) -> Dim:
-    """`dim` with every atom in `mapping` replaced, also inside other atoms."""
-    return _Substitution(mapping)(dim) if mapping else dim
+def substitute(dim: Dim, mapping: Mapping[Poly, Dim], least: Sequence[Dim] = ()) -> Dim:
+    """`dim` with every atom in `mapping` replaced, also inside other atoms.
+
+    Args:
+        least: dimensions known to be at least 0, beyond what each of their atoms says; they settle minimums.
+    """
+    return _Substitution(mapping, least)(dim) if mapping else dim
 
 
 class _Substitution:
     """One mapping, with the atoms it has already been applied to."""
 
-    def __init__(self, mapping: Mapping[Poly, Dim]) -> None:
+    def __init__(self, mapping: Mapping[Poly, Dim], least: Sequence[Dim]) -> None:
         self.memo: dict[Poly, Dim] = dict(mapping)
+        self.least = least
 
     def __call__(self, dim: Dim) -> Dim:
         if isinstance(dim, int):
@@ -228,7 +233,9 @@ class _Substitution:
             return poly
         first, *others = (self(arg) for arg in atom.args)
         if atom.kind == "min0":
-            return minimum(first, 0)
+            if any(lower(first - known) >= 0 for known in self.least):
+                return 0
+            return first if any(lower(-first - known) >= 0 for known in self.least) else minimum(first, 0)
         if atom.kind == "//":
             return poly if others[0] == 0 else floordiv(first, others[0])
         if atom.kind == "tail":

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.captures import parse
-from fusion.dims import Dim, divide, product
+from fusion.captures import Token, parse
+from fusion.dims import Dim, divide, lower, product
 from fusion.facts import Facts
 from fusion.graph import Node, Value
 from fusion.language import letters_of
@@ -23,8 +23,8 @@ from fusion.laws.noise import FLOATS
 from fusion.layout import Axis, Layout, merge_neighbours, regroup
 from fusion.masks import ABSORBING, keeps_a_key
 from fusion.parts import appended
-from fusion.place import before, int64, place, rearranged, shape_items, standing
-from fusion.plan import Plan
+from fusion.place import before, int64, nearest, place, rearranged, shape_items, standing
+from fusion.plan import SPELLINGS, Plan
 from fusion.region import Region, sources
 from fusion.state import Entry, Miss, State
 from fusion.targets import Target
@@ -33,6 +33,8 @@ from fusion.verdict import Verdict
 from fusion.view import View
 
 MICROSOFT = "com.microsoft"
+GAIN = "gain"
+"""The kind of a miss that says: it could be written, and would save nothing."""
 
 
 class Unmet(Exception):
@@ -122,11 +124,11 @@ class Found:
         """The version of the standard operators in the root's scope."""
         return self.node.scope.opsets.get("", 1)
 
-    def require(self, holds: bool | Verdict | None, text: str) -> None:
+    def require(self, holds: bool | Verdict | None, text: str, *, kind: str = "requirement") -> None:
         """Raise Unmet unless `holds`; None and UNKNOWN do not."""
         verdict = holds if isinstance(holds, Verdict) else Verdict.of(holds)
         if verdict is not Verdict.YES:
-            raise Unmet(text, verdict=verdict, place=self.root.name)
+            raise Unmet(text, kind=kind, verdict=verdict, place=self.root.name)
 
     def require_order(self, inputs: Iterable[Value]) -> None:
         """Every input is computed before the root, and before what is kept: else the new node would close a cycle."""
@@ -135,10 +137,33 @@ class Found:
         late = [value.name for value in inputs if not before(value, at)]
         self.require(not late, f"{', '.join(late)} is computed after {at.label}")
 
-    def require_gain(self, nodes: Iterable[NewNode]) -> None:
+    def require_gain(self, nodes: Sequence[NewNode]) -> None:
         """A rewrite replaces more nodes than it adds; what it shares with other matches does not count."""
         own = sum(not node.shared for node in nodes)
-        self.require(own < len(self.region.core), f"{own} new nodes would replace {len(self.region.core)}")
+        if own >= len(self.region.core):
+            self.require_fewer(nodes)
+
+    def require_fewer(self, nodes: Sequence[NewNode]) -> None:
+        """A rewrite replaces more nodes than it adds, with the rearrangements before the core that nobody else reads.
+
+        Other products count as nobody: they may read what lies before the rearrangement just as well.
+        """
+        needed = [operand for node in nodes for operand in node.inputs if isinstance(operand, Value)]
+        kept: set[Node] = set()
+        while needed:
+            producer = needed.pop().producer
+            if producer in self.region.prefix and producer not in kept:
+                kept.add(producer)
+                needed.extend(value for value in producer.inputs if value is not None)
+        replaced = {*self.region.core}
+        for node in reversed([node for node in self.region.prefix if node not in kept]):
+            values = [value for value in node.outputs if value is not None]
+            others = {reader for value in values for reader in value.uses if reader not in replaced}
+            if all(reader.key in SPELLINGS["matmul"] for reader in others) and not any(v.is_output for v in values):
+                replaced.add(node)
+        if len(nodes) >= len(replaced):
+            text = f"{len(nodes)} new nodes would replace {len(replaced)}"
+            raise Unmet(text, kind=GAIN, place=self.root.name)
 
     def size(self, letter: str) -> int:
         """The size of a letter, of its axes together; raises Unmet where it is not a known number."""
@@ -165,6 +190,10 @@ class Found:
                     raise Unmet(
                         f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label
                     )
+
+    def least(self, letter: str) -> float:
+        """The smallest size that a letter can have."""
+        return lower(product(self.dims(letter)))
 
     def count(self, letter: str) -> int:
         """How many axes a letter stands for."""
@@ -229,7 +258,8 @@ class Captured:
             sizes = [product(found.dims(letter)) if letter in found.state.letters else None for letter in letters]
             whole = product(size for _, _, size in factors)
             rest = divide(whole, product(size for size in sizes if size is not None))
-            groups = regroup(factors, [rest if size is None else size for size in sizes]) if rest is not None else None  # type: ignore[misc]
+            known = rest is not None and sizes.count(None) <= 1
+            groups = regroup(factors, [rest if size is None else size for size in sizes]) if known else None  # type: ignore[misc]
             if groups is None:
                 raise Unmet(f"{self.name} ({self.value.name}) cannot be split into {spec}", kind="dimension")
             axes.update(zip(letters, groups, strict=True))
@@ -308,6 +338,11 @@ class Builder:
             raise self.unmet(f"the size of {letter} is not a known number", self._found.root)
         return self.constant(np.ones([int(str(s)) for s in sizes], self._numpy), "ones")
 
+    def zeros(self, letter: str) -> New:
+        """Zeros over the axes of a letter."""
+        ones = self.ones(letter)
+        return self.constant(np.zeros([int(str(size)) for size in ones.shape or ()], self._numpy), "zeros")
+
     @property
     def _numpy(self) -> np.dtype[Any]:
         return helper.tensor_dtype_to_np_dtype(self._found.dtype)
@@ -343,11 +378,46 @@ class Builder:
                     f"{capture.name} ({capture.value.name}) is no stored weight of the result's dtype",
                     place=capture.value.name,
                 )
-            whole = [capture.ref.layout.whole(own) for own in range(len(capture.shape))]
-            if whole != list(range(len(tensor.dims))) and whole != [1, 0]:
+            read = [capture.ref.layout.whole(own) for own in range(len(capture.shape))]
+            if read != list(range(len(tensor.dims))) and read != [1, 0]:
                 raise Unmet(f"{capture.name} ({capture.value.name}) is not read whole", place=capture.value.name)
-            parts.append((tensor, (1, 0) if whole == [1, 0] else None))
+            parts.append((tensor, (1, 0) if read == [1, 0] else None))
         return New(self._found.dtype, parts=tuple(parts), axis=axis)
+
+    def rank(self, operand: Operand) -> int | None:
+        """How many axes an operand has; None where that is unknown."""
+        if operand is None:
+            return None
+        shape = operand.shape if isinstance(operand, New) else self._found.facts.shape(operand)
+        return None if shape is None else len(shape)
+
+    def stored(self, captured: Captured, *orders: Callable[[int], Sequence[int]], keep: int = 0) -> tuple[Operand, int]:
+        """A capture as it is stored, its axes in one of several orders: the operand, and which of the orders it has.
+
+        What lies nearest to the capture's source is taken; where nothing lies so, new nodes bring it into the first
+        order. Axes over which it is broadcast have size 1, or, leading ones, may be missing.
+
+        Args:
+            captured: what to look up.
+            orders: each gives, for a number of axes, the order in which the axes of the capture are stored.
+            keep: how many trailing axes must be there.
+
+        Raises:
+            Unmet: it cannot be brought there.
+        """
+        layout, found = captured.ref.layout, self._found
+        axes = tuple(axis if layout.depends(index) else () for index, axis in enumerate(layout.axes))
+        missing = next((index for index, axis in enumerate(axes[: len(axes) - keep]) if axis), len(axes) - keep)
+        wanted: list[tuple[int, Layout]] = []
+        for lead in range(missing + 1):
+            narrow = Layout(axes[lead:], layout.offsets, layout.source)
+            for index, order in enumerate(orders):
+                permuted = list(order(len(axes) - lead))
+                if sorted(permuted) == list(range(len(axes) - lead)):
+                    wanted.append((index, narrow.permute(permuted)))
+        chosen = nearest(found.view, captured.value, [own for _, own in wanted], found.node)
+        index, narrow = wanted[chosen or 0]
+        return self.placed(Ref(captured.value, narrow), found.dtype), index
 
     def broadcast(self, captured: Captured) -> Operand:
         """A capture of three axes that may lack the first one, or have it as 1, where it is broadcast over it."""
@@ -376,7 +446,9 @@ class Builder:
         for entry in rest:
             if entry.kind == "zero":
                 masks = [m for m in rest if m.kind == "mask" and (m.ref, m.keep) == (entry.ref, entry.keep)]
-                found.require(bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score")
+                found.require(
+                    bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score"
+                )
                 result = self.Where(self._keeps(entry), result, self._scalar(0.0), dtype=result.dtype)
         if not any(node.key == "IsNaN" for node in found.region.core):
             return result
@@ -388,7 +460,9 @@ class Builder:
         ref = _spread(entry.ref, keep=0)
         found = self._found
         found.require(not ref.layout.depends(1), f"{entry.ref.value.name} masks probabilities head by head")
-        mask = self.shared("Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32)
+        mask = self.shared(
+            "Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32
+        )
         op, opset = "ReduceMax" if entry.keep else "ReduceMin", found.opset
         if opset >= 18:
             kept = self.shared(op, [mask, self.constant(int64([1, 3]), "axes")], None, keepdims=0)
@@ -400,7 +474,28 @@ class Builder:
 
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
-        return None if captured is None else self.placed(captured.ref, self._found.dtype)
+        if captured is None:
+            return None
+        return self._vector(captured) or self.placed(captured.ref, self._found.dtype)
+
+    def before(self, captured: Captured, count: int) -> Operand:
+        """A capture with as many axes of size 1 behind its own."""
+        layout = captured.ref.layout
+        wide = Layout((*layout.axes, *((),) * count), layout.offsets, layout.source)
+        return self.placed(Ref(captured.value, wide), self._found.dtype)
+
+    def _vector(self, captured: Captured) -> New | None:
+        """A stored vector such as (1, 1, D), wanted as (D), written so; None for anything else."""
+        tensor, layout = captured.value.tensor, captured.ref.layout
+        if tensor is None or tensor.data_type != self._found.dtype or list(layout.shape) == list(tensor.dims):
+            return None
+        longer = [(axis, dim) for axis, dim in enumerate(tensor.dims) if dim != 1]
+        if len(longer) != 1 or len(layout.axes) != 1 or layout.whole(0) != longer[0][0]:
+            return None
+        found = self._found
+        if standing(found.view, captured.ref, found.dtype, found.node) is not None:
+            return None
+        return New(found.dtype, (longer[0][1],), parts=((tensor, None),))
 
     def fewest(self, *forms: Sequence[tuple[Captured, str]]) -> list[Operand]:
         """Captures in the axes of one of these forms: the first of those that need the fewest new nodes."""
@@ -422,6 +517,35 @@ class Builder:
         self.nodes += best[1]
         self.inputs += best[2]
         return best[3]
+
+    def unrepeated(self, letter: str, *forms: tuple[Captured, str]) -> tuple[int, list[Operand]]:
+        """Captures in other axes, with what is repeated along a letter there once, and how often it is there then.
+
+        Keys of 8 heads which two query heads each read, as `(k, "B T (H D)")`, are 4 heads (B, T, 4 D).
+        """
+        size = self._found.size(letter)
+        layouts: list[tuple[Captured, Layout, tuple[Token, ...]]] = []
+        repeats: list[Dim] = []
+        for captured, spec in forms:
+            tokens = parse(spec)[0]
+            layout = captured.along(" ".join(letters_of(tokens))).layout
+            last = layout.axes[letters_of(tokens).index(letter)][-1:]
+            repeats.append(last[0][2] if last and last[0][0] is None else 1)
+            layouts.append((captured, layout, tokens))
+        often = repeats[0] if all(r == repeats[0] and isinstance(r, int) for r in repeats) else 1
+        made: list[Operand] = []
+        for captured, layout, tokens in layouts:
+            names = letters_of(tokens)
+            axes = {
+                name: axis[:-1] if name == letter and often != 1 else axis
+                for name, axis in zip(names, layout.axes, strict=True)
+            }
+            groups = [[axes[name] for name in ((token,) if isinstance(token, str) else token)] for token in tokens]
+            merged = tuple(merge_neighbours(factor for axis in group for factor in axis) for group in groups)
+            made.append(
+                self.placed(Ref(captured.value, Layout(merged, layout.offsets, layout.source)), self._found.dtype)
+            )
+        return size // (often if isinstance(often, int) else 1), made
 
     def placed(self, ref: Ref, dtype: int | None) -> Operand:
         """A value in the axes of `ref`."""

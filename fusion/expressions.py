@@ -180,21 +180,24 @@ def softmax(x: Any, over: str | None = None) -> Any:
 
 
 def axes(x: Any, spec: str) -> Any:
-    """Rearrange axes: `"B S (H D) -> B H S D"` splits, merges and permutes them by name.
+    """Rearrange axes: `"B S (H D) -> B H S D"` splits, merges and permutes them by name; `1` is an axis of size 1.
 
     On arrays the size of a letter that a group hides is taken from `Pattern.reference(sizes=...)`.
     """
     before, arrow, after = spec.partition("->")
     if not arrow:
         raise misuse(f"axes wants `before -> after`, not {spec!r}")
-    (source, _), (target, _) = parse(before), parse(after)
+    added = [index for index, word in enumerate(after.split()) if word == "1"]
+    (source, _), (target, _) = parse(before), parse(" ".join(word for word in after.split() if word != "1"))
     if sorted(letters_of(source)) != sorted(letters_of(target)):
         raise misuse(f"axes {spec!r} must have the same letters on both sides")
     if isinstance(x, Expr):
         if letters_of(source) != (x.dims or ()):
             raise misuse(f"axes {spec!r} is applied to {spell_axes(x.dims or ())}")
         return Expr("axes", (x,), letters_of(target), tokens=target)
-    return _rearrange(np.asarray(x), source, target)
+    if not hasattr(x, "shape"):
+        return x  # an optional capture left out
+    return np.expand_dims(_rearrange(np.asarray(x), source, target), tuple(added))
 
 
 def along(x: Any, spec: str) -> Any:

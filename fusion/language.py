@@ -72,10 +72,14 @@ Emission = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """One way to write a match: for which targets, and the function that builds the nodes."""
+    """One way to write a match: for which targets, and the function that builds the nodes.
+
+    `last`: only where no other pattern can be written any more.
+    """
 
     targets: tuple[str, ...]
     build: Emission
+    last: bool = False
 
 
 @dataclass(eq=False)
@@ -119,6 +123,11 @@ class Pattern:
     def targets(self) -> tuple[str, ...]:
         """The targets it has an emission for."""
         return tuple(dict.fromkeys(target for emission in self.emissions for target in emission.targets))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether all its emissions wait until no other pattern can be written any more."""
+        return bool(self.emissions) and all(emission.last for emission in self.emissions)
 
     @property
     def dims(self) -> Dims:
@@ -200,11 +209,14 @@ class Pattern:
         given = tuple(argument for argument in arguments.values() if argument is not None)
         return Expr("call", given, dims, call=Call(self, arguments, letters), tokens=tokens)
 
-    def emit(self, *targets: str) -> Callable[[Emission], Emission]:
-        """Register a way to write a match for these targets; earlier registrations are preferred."""
+    def emit(self, *targets: str, last: bool = False) -> Callable[[Emission], Emission]:
+        """Register a way to write a match for these targets; earlier registrations are preferred.
+
+        With `last` it waits until no other pattern can be written any more: it takes parts that others are made of.
+        """
 
         def register(build: Emission) -> Emission:
-            self.emissions.append(Emit(targets, build))
+            self.emissions.append(Emit(targets, build, last))
             return build
 
         return register

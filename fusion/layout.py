@@ -11,8 +11,8 @@ with unknown dimensions is formed. Kept canonical (no factor of size 1, neighbou
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from fusion.dims import Dim, broadcast, lower, product, stretched
 from fusion.radix import Axis, Factor, decode, merge_neighbours, regroup
@@ -21,8 +21,7 @@ from fusion.verdict import Verdict
 __all__ = ["Axis", "Factor", "Layout", "merge_neighbours", "regroup"]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """An index map: for every coordinate, where in the source its element lies. Hashable; equal maps are equal tuples.
 
     The operations return None where the result is no such map, or cannot be proved to be one. Axis numbers must be in
@@ -43,8 +42,7 @@ class Layout:
     @staticmethod
     def identity(shape: Sequence[Dim]) -> Layout:
         """The layout of a value over itself."""
-        axes = tuple(() if size == 1 else ((axis, 1, size),) for axis, size in enumerate(shape))
-        return Layout(axes, (0,) * len(axes), tuple(shape))
+        return _identity(tuple(shape))
 
     @property
     def shape(self) -> tuple[Dim, ...]:
@@ -198,6 +196,12 @@ class Layout:
 
 
 # Layers repeat: what was worked out for one serves all. The caches are bounded, and their keys are plain data.
+
+
+@lru_cache(maxsize=8192)
+def _identity(shape: tuple[Dim, ...]) -> Layout:
+    axes = tuple(() if size == 1 else ((axis, 1, size),) for axis, size in enumerate(shape))
+    return Layout(axes, (0,) * len(axes), shape)
 
 
 @lru_cache(maxsize=8192)

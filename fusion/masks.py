@@ -1,7 +1,7 @@
 """Masks: what a condition on scores provably leaves in every row.
 
-A causal mask hides no key from its own query, so no row of it is hidden as a whole. It is read from the mask itself: one
-column that is kept in all rows is enough, and in a triangle, however it is cut, that is the first one.
+A causal mask hides no key from its own query, so no row of it is hidden as a whole. It is read from the mask itself:
+one column that is kept in all rows is enough, and in a triangle, however it is cut, that is the first one.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from onnx import TensorProto
 
@@ -25,7 +25,7 @@ from fusion.plan import Plan
 from fusion.schema import attribute, extra_attributes
 from fusion.spine import Spine
 from fusion.state import Context, Entry, Miss, State
-from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref, Sum
+from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref, Sum, recut, references
 from fusion.verdict import Verdict
 from fusion.view import View
 
@@ -34,8 +34,50 @@ K = TypeVar("K", Reduce, Contract)
 TOLERANCE: dict[int, float] = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 8e-3, TensorProto.DOUBLE: 1e-7}
 """Relative error allowed in a constant, by the dtype it is computed in; 1e-5 for float: exporters round 1.41421."""
 
+LOOSEST = max(TOLERANCE.values())
+
 RECORD_STEPS = 4000
 """How far a recording search goes on one anchor; explanations need not be exhaustive."""
+
+
+class _Factors(NamedTuple):
+    """The factors of a plan's term by how they match: sorted out once, for a plan meets thousands of values.
+
+    Attributes:
+        formulas: in the order in which they are tried.
+        variables: captures other than a scalar.
+        scalar: the capture that takes up the coefficient.
+        least, most: how many factors a value must have.
+        opened: how many of these may be no value of the graph, such as a sum: no capture and no operator matches one.
+    """
+
+    formulas: list[tuple[Atom, float]]
+    variables: list[tuple[p.Var, float]]
+    scalar: tuple[str, float] | None
+    least: int
+    most: int
+    opened: int
+
+
+class _Summands(NamedTuple):
+    """The summands of a plan's sum by how they match.
+
+    Attributes:
+        formulas: in the order in which they are tried.
+        variables: captures other than a scalar, with their coefficients.
+        scalar: the capture that takes up the constant.
+        core: the one summand that must be there, where all others are optional.
+        spine: the formula and the `rest` capture of a sum that is nothing else.
+        least, most: how many summands a value must have.
+    """
+
+    formulas: list[Item]
+    variables: list[tuple[p.Var, float]]
+    scalar: tuple[p.Var, float] | None
+    core: Prod | None
+    spine: tuple[Item, p.Var] | None
+    least: int
+    most: int
 
 
 class Matcher:
@@ -57,7 +99,8 @@ class Matcher:
         self._root: Value | None = None
         self._tolerance = 0.0
         self._place = ""
-        self._arity: dict[int, tuple[Factors, tuple[int, int]]] = {}
+        self._products: dict[int, tuple[Factors, _Factors]] = {}
+        self._sums: dict[int, tuple[Sum, _Summands]] = {}
 
     def match(self, value: Value) -> Iterator[tuple[Ref, State]]:
         """Yield the ways the plan matches at `value`: its reference with the axes split as the result names them."""
@@ -110,6 +153,8 @@ class Matcher:
     def _close(self, expected: float, found: float) -> bool:
         if expected == found:
             return True
+        if abs(expected - found) > LOOSEST * max(abs(expected), abs(found)) + 1e-12:
+            return False
         if not self._tolerance:
             dtype = self.view.facts.dtype(self._root) if self._root is not None else None
             self._tolerance = TOLERANCE.get(dtype or 0, 1e-5)
@@ -123,7 +168,7 @@ class Matcher:
         if isinstance(single, p.Var) and isinstance(given, Ref):
             yield from self.bind(single, given, context, state)
         elif isinstance(single, p.Kept) and isinstance(given, Ref):
-            yield from self.kept(single, self.view.peel(given).ref, context, state)
+            yield from self.kept(single, self.view.source(given), context, state)
         elif isinstance(single, p.Join) and isinstance(given, Ref):
             yield from parts.match_join(self, single, given, context, state)
         elif isinstance(single, p.Concat) and isinstance(given, Ref):
@@ -131,8 +176,7 @@ class Matcher:
         elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self._spine(single, context)):
             yield from spine.walk(given, 1.0, (), state)
         elif isinstance(given, Ref):
-            captures_only = all(isinstance(atom, p.Var) for atom, _ in term.factors)
-            opened = self.view.factor(given) if captures_only else self.view.expand(given)
+            opened = (self.view.expand if self._factors_of(term.factors).formulas else self.view.factor)(given)
             yield from self.product(term, opened, context, state, given.value.name)
             if isinstance(single, Sum) and (grouped := ring.one_level(given, self.view)) not in (None, opened):
                 yield from self.product(term, grouped, context, state, given.value.name)
@@ -143,26 +187,13 @@ class Matcher:
         """Match coefficient and factors; the one scalar capture among the factors takes up the coefficient."""
         single = term.single
         if isinstance(single, Sum):
-            core = self._core(single)
+            core = self._summands_of(single).core
             if core is not None:
-                yield from self.product(Prod(core.coef, core.factors), given, context, state, place)
-        if not self.record and not self._may_fit(term, given):
+                yield from self.product(core, given, context, state, place)
+        formulas, variables, scalar, *_ = parts = self._factors_of(term.factors)
+        if not self.record and not _may_fit(parts, given.factors):
             return
         self._place = place or self._place
-        scalar: tuple[str, float] | None = None
-        variables: list[tuple[p.Var, float]] = []
-        formulas: list[tuple[Atom, float]] = []
-        kept: list[tuple[Atom, float]] = []
-        for atom, exponent in term.factors:
-            if isinstance(atom, p.Kept):  # it binds captures only: what binds letters comes first
-                kept.append((atom, exponent))
-            elif not isinstance(atom, p.Var):
-                formulas.append((atom, exponent))
-            elif self.plan.captures[atom.name].kind == "scalar":
-                scalar = (atom.name, exponent)
-            else:
-                variables.append((atom, exponent))
-        formulas += kept
         if scalar is None and len(formulas) == 1 and not variables and given.coef != 1.0:
             given = _distribute(formulas[0], given)
         free = scalar is not None and scalar[0] not in state.bound
@@ -171,17 +202,31 @@ class Matcher:
             for done in self._variables(variables, rest, context, matched, place):
                 yield from self._coefficient(term.coef, scalar, given.coef * scale, done, place)
 
-    def _may_fit(self, term: Prod, given: Prod) -> bool:
-        """Whether the numbers of factors can agree: a cheap question that rules out most places."""
-        known = self._arity.get(id(term.factors))
+    def _factors_of(self, factors: Factors) -> _Factors:
+        known = self._products.get(id(factors))
         if known is not None:
-            limits = known[1]
-        else:
-            kinds = [self.plan.captures[a.name].kind for a, _ in term.factors if isinstance(a, p.Var)]
-            formulas = len(term.factors) - len(kinds)
-            limits = formulas + kinds.count("tensor"), formulas + len(kinds) - kinds.count("scalar")
-            self._arity[id(term.factors)] = term.factors, limits
-        return limits[0] <= len(given.factors) <= limits[1]
+            return known[1]
+        formulas: list[tuple[Atom, float]] = []
+        kept: list[tuple[Atom, float]] = []
+        variables: list[tuple[p.Var, float]] = []
+        scalar: tuple[str, float] | None = None
+        optional = 0
+        for atom, exponent in factors:
+            if isinstance(atom, p.Kept):  # it binds captures only: what binds letters comes first
+                kept.append((atom, exponent))
+            elif not isinstance(atom, p.Var):
+                formulas.append((atom, exponent))
+            elif self.plan.captures[atom.name].kind == "scalar":
+                scalar = (atom.name, exponent)
+            else:
+                variables.append((atom, exponent))
+                optional += self.plan.captures[atom.name].kind != "tensor"
+        formulas += kept
+        most = len(formulas) + len(variables)
+        opened = sum(not isinstance(atom, p.Op | p.Softmax | p.Fused | p.Kept) for atom, _ in formulas)
+        parts = _Factors(formulas, variables, scalar, most - optional, most, opened)
+        self._products[id(factors)] = factors, parts
+        return parts
 
     def _formulas(
         self,
@@ -393,7 +438,9 @@ class Matcher:
             scores = _without_maximum(Ref(operand, given.layout), self.view, positions)
             yield from self.child(atom.child, scores, context, current)
 
-    def _zeroed(self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State) -> Iterator[State]:
+    def _zeroed(
+        self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State
+    ) -> Iterator[State]:
         """A softmax that is 0 where a mask hides: the mask is one more part of what stands beside the scores."""
         source, condition, keep = zeroed
         ref = self.view.peel(source).ref
@@ -407,26 +454,32 @@ class Matcher:
     def mean(self, atom: p.Mean, given: Reduce, context: Context, state: State) -> Iterator[State]:
         """A mean; inside it the letters stand for the axes reduced."""
         child = given.child
-        first = (
-            child
-            if isinstance(child, Ref)
-            else next((inner for inner, _ in child.factors if isinstance(inner, Ref)), None)
-        )
+        first = child if isinstance(child, Ref) else next(references(child), None)
         letter = atom.letters[-1]
         if first is None or len(atom.letters) != 1:
             return
-        total = len(first.layout.axes)
-        inside = tuple(range(total - given.rank, total))
+        start = len(first.layout.axes) - given.rank
         outside = context.get(letter, state.letters.get(letter))
         bound = state
         if outside is None:
-            free = [axis for axis, dim in enumerate(first.layout.shape[: self.axes.rank]) if dim != 1]
-            spread = [axis for axis in free if not first.layout.depends(axis)]
-            if letters_of(self.plan.dims)[-1:] != (letter,) or given.rank > self.axes.rank:
+            if letters_of(self.plan.dims)[-1:] != (letter,):
                 return
-            trailing = tuple(range(self.axes.rank - given.rank, self.axes.rank))
+            spread = tuple(axis for axis in range(self.axes.rank) if not first.layout.depends(axis))
+            if len(spread) != given.rank:
+                spread = tuple(axis for axis in spread if first.layout.shape[axis] != 1)
+            outside = tuple(range(self.axes.rank - given.rank, self.axes.rank))
+            one = len(spread) > given.rank and spread == tuple(range(spread[0], self.axes.rank))
+            if one or len(spread) == given.rank:  # merged into one axis, or anywhere
+                outside = spread
+            if outside[:1] < (0,):
+                return
             bound = state.copy()
-            bound.letters[letter] = outside = tuple(spread) if len(spread) == given.rank else trailing
+            bound.letters[letter] = outside
+        if len(outside) != given.rank:
+            sizes = [first.layout.shape[axis] for axis in outside]
+            child = recut(child, start, start + given.rank, sizes) or child
+            first = child if isinstance(child, Ref) else next(references(child))
+        inside = tuple(range(start, len(first.layout.axes)))
         states: Iterator[State] = iter((bound,))
         if len(outside) != len(inside):
             states = self.miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)
@@ -494,27 +547,44 @@ class Matcher:
 
     def sum(self, term: Sum, given: Sum, context: Context, state: State, place: str) -> Iterator[tuple[State, float]]:
         """Match a sum up to a number: yield the state and the scale of the graph's sum."""
-        formulas = [item for item in term.items if self._kind(item) == "formula"]
-        formulas.sort(
-            key=lambda item: not any(isinstance(atom, p.Mean) for atom, _ in item.factors)
-        )  # they bind letters
-        for left, matched, scale in self._summands(formulas, list(given.items), None, context, state, place):
+        parts = self._summands_of(term)
+        if not self.record and not parts.least <= len(given.items) <= parts.most:
+            return
+        for left, matched, scale in self._summands(parts.formulas, list(given.items), None, context, state, place):
             for done in self._addends(term, left, scale or 1.0, context, matched, place):
                 for finished in self._constant(term, given.const, scale or 1.0, done, place):
                     yield finished, scale or 1.0
 
     def _spine(self, term: Sum, context: Context) -> Spine | None:
         """The way through scores where a sum is one formula and a `rest` capture."""
-        formulas = [item for item in term.items if self._kind(item) == "formula"]
-        others = [_variable(item) for item in term.items if self._kind(item) == "rest"]
-        if len(formulas) == 1 and len(others) == 1 and others[0] is not None and len(term.items) == 2:
-            return Spine(self, formulas[0], others[0], context)
-        return None
+        parts = self._summands_of(term).spine
+        return None if parts is None else Spine(self, *parts, context)
 
-    def _core(self, term: Sum) -> Item | None:
-        """The one summand that must be there, where all others are optional."""
-        needed = [item for item in term.items if self._kind(item) != "optional"]
-        return needed[0] if len(needed) == 1 and term.const == 0.0 else None
+    def _summands_of(self, term: Sum) -> _Summands:
+        known = self._sums.get(id(term))
+        if known is not None:
+            return known[1]
+        kinds = [(item, _variable(item), self._kind(item)) for item in term.items]
+        formulas = [item for item, _, kind in kinds if kind == "formula"]
+        formulas.sort(
+            key=lambda item: not any(isinstance(atom, p.Mean) for atom, _ in item.factors)
+        )  # they bind letters
+        variables = [(own, item.coef) for item, own, kind in kinds if own is not None and kind != "scalar"]
+        scalars = [(own, item.coef) for item, own, kind in kinds if own is not None and kind == "scalar"]
+        least = sum(kind in ("formula", "tensor") for *_, kind in kinds)
+        needed = [Prod(item.coef, item.factors) for item, _, kind in kinds if kind != "optional"]
+        rest = [own for _, own, kind in kinds if own is not None and kind == "rest"]
+        parts = _Summands(
+            formulas,
+            variables,
+            scalars[0] if scalars else None,
+            needed[0] if len(needed) == 1 and term.const == 0.0 else None,
+            (formulas[0], rest[0]) if len(formulas) == len(rest) == 1 and len(term.items) == 2 else None,
+            least,
+            len(formulas) + len(variables),
+        )
+        self._sums[id(term)] = term, parts
+        return parts
 
     def _kind(self, item: Item) -> str:
         variable = _variable(item)
@@ -561,12 +631,7 @@ class Matcher:
         self, term: Sum, given: list[Item], scale: float, context: Context, state: State, place: str
     ) -> Iterator[State]:
         """Bind the captures of a sum to the summands that are left."""
-        variables = [
-            (variable, item.coef)
-            for item in term.items
-            if (variable := _variable(item)) is not None and self._kind(item) != "scalar"
-        ]
-        yield from self._bind_addends(variables, given, scale, context, state, place)
+        yield from self._bind_addends(self._summands_of(term).variables, given, scale, context, state, place)
 
     def _bind_addends(
         self,
@@ -599,12 +664,10 @@ class Matcher:
                 yield from self._bind_addends(others, given, scale, context, missed, place)
 
     def _constant(self, term: Sum, found: float, scale: float, state: State, place: str) -> Iterator[State]:
-        scalars = [item for item in term.items if self._kind(item) == "scalar"]
-        value = found / scale - term.const
-        if scalars:
-            variable = _variable(scalars[0])
-            assert variable is not None
-            yield from self._bind_number(variable.name, value / scalars[0].coef, state, place)
+        scalar = self._summands_of(term).scalar
+        if scalar is not None:
+            variable, coef = scalar
+            yield from self._bind_number(variable.name, (found / scale - term.const) / coef, state, place)
         elif self._close(term.const, found / scale):
             yield state
         else:
@@ -624,7 +687,7 @@ class Matcher:
         if variable.piece is not None:
             yield from parts.bind_piece(self, variable, given, context, state)
             return
-        ref = self.view.peel(given).ref
+        ref = self.view.source(given)
         viewed = self.axes.view(ref.layout, variable.dims, capture.loose, context, state)
         if isinstance(viewed, str):
             yield from self.miss(
@@ -656,6 +719,17 @@ class Matcher:
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _may_fit(parts: _Factors, given: Factors) -> bool:
+    """Whether the numbers of factors can agree: a cheap question that rules out most places."""
+    if not parts.least <= len(given) <= parts.most:
+        return False
+    opened = parts.opened
+    for atom, _ in given:
+        if not isinstance(atom, Ref):
+            opened -= 1
+    return opened >= 0
 
 
 def _distribute(formula: tuple[Atom, float], given: Prod) -> Prod:
@@ -707,7 +781,7 @@ def _without_maximum(ref: Ref, view: View, positions: list[int]) -> Ref:
                 inner = reduced.child
                 if reduced.kind != "max" or not isinstance(inner, Ref) or any(map(inner.layout.depends, positions)):
                     continue
-                if inner.value is view.peel(kept.origin).ref.value:
+                if inner.value is view.source(kept.origin).value:
                     return kept.origin
     return ref
 

@@ -6,7 +6,7 @@ stands, Reshape, Transpose and Expand are asked for, and they are shared by ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +32,15 @@ def standing(view: View, ref: Ref, dtype: int | None, at: Node) -> Value | None:
         same = _agree(layout, ref.layout) or (value is ref.value and _is_whole(ref.layout))
         if same and (dtype is None or view.facts.dtype(value) == dtype):
             return value
+    return None
+
+
+def nearest(view: View, source: Value, wanted: Sequence[Layout], at: Node) -> int | None:
+    """Which of these layouts over `source` is that of the nearest value in one of them; None where there is no such."""
+    for value, layout in _rearranged(view, source, at):
+        for index, own in enumerate(wanted):
+            if _agree(layout, own) or (value is source and _is_whole(own)):
+                return index
     return None
 
 
@@ -158,7 +167,11 @@ def _spread_out(view: View, ref: Ref, dtype: int | None, actual: tuple[Dim, ...]
     whole = all(layout.whole(axis) is not None for axis in range(len(layout.axes)) if _reads(layout.axes[axis], moved))
     if whole and (dtype is None or view.facts.dtype(ref.value) == dtype):
         axes = tuple(
-            tuple((axis, stride, actual[axis] if axis in moved else size) for axis, stride, size in factors if axis is not None)
+            tuple(
+                (axis, stride, actual[axis] if axis in moved else size)
+                for axis, stride, size in factors
+                if axis is not None
+            )
             for factors in layout.axes
         )
         narrow = Layout(tuple(map(merge_neighbours, axes)), layout.offsets, actual)
@@ -279,7 +292,7 @@ def _rearranging(wanted: Layout) -> _Steps | None:
         steps = _Steps()
         steps.order.append(("Expand", wanted.shape))
         return steps
-    split: list[tuple[int, Dim, Dim]] = []
+    split: list[Factor] = []
     for axis, dim in enumerate(wanted.source):
         own = [factor for factors in wanted.axes for factor in factors if factor[0] == axis]
         ordered = digits(own, dim)
@@ -291,7 +304,7 @@ def _rearranging(wanted: Layout) -> _Steps | None:
         steps.order.append(("Reshape", tuple(size for *_, size in split)))
     flat = [factor for factors in wanted.axes for factor in factors]
     real = [factor for factor in flat if factor[0] is not None]
-    order = [split.index(factor) for factor in real]  # type: ignore[arg-type]
+    order = [split.index(factor) for factor in real]
     if order != sorted(order):
         steps.order.append(("Transpose", tuple(order)))
     current = [size for *_, size in real]

@@ -95,10 +95,10 @@ class Kept(NamedTuple):
 
 
 SPELLINGS: Mapping[str, frozenset[str]] = {
-    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}),
+    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "InstanceNormalization"}),
     "softmax": frozenset({"Softmax"}),
     "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul"}),
-    "root": frozenset({"Sqrt", "Pow", "ReduceL2"}),
+    "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
     "concat": frozenset({"Concat"}),
 }
@@ -133,6 +133,17 @@ class Plan:
     weight: int
     refines: Pattern | None
     reads: frozenset[str]
+
+    @property
+    def ends_in_product(self) -> bool:
+        """Whether all of the formula but one contraction may be absent, or is a number."""
+        items = self.root.single.items if isinstance(self.root.single, Sum) else (Item(1.0, self.root.factors),)
+        needed = [item for item in items if not self._is_kind(item.factors[0][0], "optional")]
+        atoms = [atom for item in needed for atom, _ in item.factors if not self._is_kind(atom, "scalar")]
+        return len(atoms) == 1 and isinstance(atoms[0], MatMul)
+
+    def _is_kind(self, atom: Atom, kind: str) -> bool:
+        return isinstance(atom, Var) and self.captures[atom.name].kind == kind
 
 
 def compile_pattern(pattern: Pattern) -> list[Plan]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -149,6 +149,7 @@ class Rewriter:
         self.check = check
         self.plans = [plan for pattern in patterns for plan in plans_of(pattern)]
         self._matchers = {plan: Matcher(self.view, plan) for plan in self.plans}
+        self._tops = {plan: _tops(plan) for plan in self.plans}
         self.outcome = Outcome()
         self._reached: dict[tuple[Node, frozenset[str], int], dict[Value, int]] = {}
         self._failed: dict[tuple[str, str], NearMiss] = {}
@@ -157,13 +158,14 @@ class Rewriter:
         """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
         dirty: set[Node] | None = None
         learned = False
-        plans = self.writable
+        plans = first = [plan for plan in self.writable if not plan.pattern.is_last]
+        last = [plan for plan in self.writable if plan.pattern.is_last]
         for sweep in range(SWEEPS):
             self.outcome.sweeps = sweep + 1
             started = time.perf_counter()
             candidates = self.candidates(plans, dirty)
             if not learned and self._leaves_attention(candidates):  # before what a rewrite removes can say no more
-                learned, dirty, plans = True, None, self.writable
+                learned, dirty, plans = True, None, first
                 self._learn()
                 self._forget()
                 candidates = self.candidates(plans)
@@ -174,8 +176,10 @@ class Rewriter:
             if made:
                 dirty, plans = _around(made), self._affected(made)
             elif not learned and self._leaves_attention():
-                learned, dirty, plans = True, None, self.writable
+                learned, dirty, plans = True, None, first
                 self._learn()
+            elif last:
+                dirty, plans, last = None, last, []
             else:
                 break
             self._forget()
@@ -202,7 +206,7 @@ class Rewriter:
                 break
 
     def _leaves_attention(self, candidates: Iterable[Candidate] = ()) -> bool:
-        """Whether a softmax is left that no candidate covers: only its axes may hang on equalities, which cost a pass."""
+        """Whether a softmax is left that no candidate covers: its axes may hang on equalities, which cost a pass."""
         covered = {node for candidate in candidates for node in candidate.region.core}
         plans = [plan for plan in self.plans if SPELLINGS["softmax"] in plan.anchors]
         return any(node not in covered for plan in plans for node in self.anchors(plan))
@@ -266,7 +270,8 @@ class Rewriter:
             nodes = [node for node in nodes if (out := node.outputs[0]) and self.facts.dtype(out) in FLOATS]
         if any(node.op == "Pow" for node in nodes):  # the root of a norm, not its squares
             nodes = [node for node in nodes if node.op != "Pow" or self._is_root(node)]
-        return sorted(nodes, key=lambda node: (node.scope.name, node.position))
+        names = {scope: scope.name for scope in {node.scope for node in nodes}}
+        return sorted(nodes, key=lambda node: (names[node.scope], node.position))
 
     def _is_root(self, node: Node) -> bool:
         exponent = node.input(1)
@@ -315,42 +320,34 @@ class Rewriter:
 
     def _climb(self, plan: Plan, anchor: Node) -> dict[Value, int]:
         reached: dict[Value, int] = {}
-        stack = [(value, 0, 0) for value in anchor.outputs[:1] if value is not None]
-        while stack and len(reached) < CLIMB:
-            value, above, distance = stack.pop(0)
+        queue = [(value, 0, 0) for value in anchor.outputs[:1] if value is not None]
+        for value, above, distance in queue:
+            if len(reached) == CLIMB:
+                break
             if value in reached:
                 continue
             reached[value] = above
             if len(value.uses) > 6 or distance == DISTANCE:
                 continue
             for node in value.uses:
-                step = 0 if node.key in PASSING else 1
-                if (
-                    (step and node.key not in plan.operators)
-                    or above + step > plan.height
-                    or node.scope is not anchor.scope
-                ):
+                key = node.key
+                step = key not in PASSING
+                if (step and (above == plan.height or key not in plan.operators)) or node.scope is not anchor.scope:
                     continue
-                far = distance + (node.key in MERGED)
-                stack.extend((output, above + step, far) for output in node.outputs[:1] if output is not None)
+                output = node.outputs[0] if node.outputs else None
+                if output is not None:
+                    queue.append((output, above + step, distance + (key in MERGED)))
         return reached
 
     def _may_be_root(self, plan: Plan, value: Value) -> bool:
         node = value.producer
-        single = plan.root.single
         if node is None:
             return False
-        if isinstance(single, p.MatMul):
-            return node.key in SPELLINGS["matmul"] or (bool(plan.inner) and self.view.rearranges(node))
-        if isinstance(single, p.Fused):
-            return node.key in single.pattern.readers
-        if isinstance(single, p.Op):
-            return node.key == single.name
-        if isinstance(single, p.Softmax):
-            return node.key in SPELLINGS["softmax"]
-        if isinstance(single, p.Join | p.Concat):
-            return node.key in SPELLINGS["sum"] or self._is_joined(value)
-        return node.key in MERGED
+        if node.key in self._tops[plan]:
+            return True
+        if isinstance(plan.root.single, p.Join | p.Concat):
+            return self._is_joined(value)
+        return bool(plan.inner) and isinstance(plan.root.single, p.MatMul) and self.view.rearranges(node)
 
     def _is_joined(self, value: Value) -> bool:
         """Whether a value is several others side by side along its last axis, or has several axes merged there."""
@@ -438,7 +435,7 @@ class Rewriter:
     def _note(self, plan: Plan, root: Value, misses: tuple[Miss, ...]) -> None:
         """Remember why a match was not written, the reason nearest to success first."""
         key = (plan.pattern.name, root.name)
-        if misses and key not in self._failed:
+        if misses and key not in self._failed and not plan.pattern.is_last:  # any product is nearly one of these
             self._failed[key] = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
 
     # -- explaining -------------------------------------------------------------------------------------------------
@@ -473,6 +470,22 @@ def plans_of(pattern: Pattern) -> list[Plan]:
     if known is None:
         known = _plans[id(pattern)] = (pattern, compile_pattern(pattern))
     return known[1]
+
+
+def _tops(plan: Plan) -> Container[str]:
+    """The operators that may compute the result, but for a rearrangement."""
+    single = plan.root.single
+    if isinstance(single, p.MatMul):
+        return SPELLINGS["matmul"]
+    if isinstance(single, p.Fused):
+        return single.pattern.readers
+    if isinstance(single, p.Op):
+        return {single.name}
+    if isinstance(single, p.Join | p.Concat):
+        return SPELLINGS["sum"]
+    if plan.ends_in_product:
+        return MERGED | SPELLINGS["matmul"] | {"Transpose"}
+    return SPELLINGS["softmax"] if isinstance(single, p.Softmax) else MERGED
 
 
 def _is_stale(candidate: Candidate) -> bool:

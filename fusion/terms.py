@@ -8,9 +8,10 @@ are normalised by the same code.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from fusion.dims import Dim
 from fusion.graph import Value
 from fusion.layout import Layout
 
@@ -89,9 +90,13 @@ def leaf(atom: Atom) -> Prod:
 def multiply(*terms: Prod) -> Prod:
     """The product; exponents of one atom are added where they have one sign (x / x is not 1 where x is 0)."""
     coef = 1.0
-    merged: dict[tuple[Atom, bool], float] = {}
     for term in terms:
         coef *= term.coef
+    factored = [term for term in terms if term.factors]
+    if len(factored) < 2:
+        return Prod(coef, factored[0].factors if factored else ())
+    merged: dict[tuple[Atom, bool], float] = {}
+    for term in factored:
         for atom, exponent in term.factors:
             key = (atom, exponent > 0)
             merged[key] = merged.get(key, 0.0) + exponent
@@ -133,12 +138,7 @@ def add(const: float, items: Iterable[Item]) -> Prod:
             const += item.coef
         else:
             opened.append(item)
-    merged: dict[frozenset[tuple[Atom, float]], Item] = {}
-    for item in opened:
-        key = frozenset(item.factors)
-        known = merged.get(key)
-        merged[key] = item if known is None else Item(known.coef + item.coef, item.factors)
-    parts = [item for item in merged.values() if item.coef != 0.0]
+    parts = [item for item in (_merged(opened) if len(opened) > 1 else opened) if item.coef != 0.0]
     if not parts:
         return number(const)
     if len(parts) == 1 and const == 0.0:
@@ -150,6 +150,15 @@ def add(const: float, items: Iterable[Item]) -> Prod:
     inverse = tuple((atom, -exponent) for atom, exponent in common)
     reduced = [Item(part.coef, _divide(part.factors, dict(inverse))) for part in parts]
     return multiply(rest, add(0.0, reduced))
+
+
+def _merged(items: list[Item]) -> Iterable[Item]:
+    merged: dict[frozenset[tuple[Atom, float]], Item] = {}
+    for item in items:
+        key = frozenset(item.factors)
+        known = merged.get(key)
+        merged[key] = item if known is None else Item(known.coef + item.coef, item.factors)
+    return merged.values()
 
 
 def _scaled(item: Item, coef: float) -> Item:
@@ -173,3 +182,55 @@ def _common(parts: list[Item]) -> Factors:
 def _divide(factors: Factors, removed: dict[Atom, float]) -> Factors:
     remaining = ((atom, exponent + removed.get(atom, 0.0)) for atom, exponent in factors)
     return tuple((atom, exponent) for atom, exponent in remaining if exponent != 0.0)
+
+
+def references(term: Prod) -> Iterator[Ref]:
+    """The values of the graph in a term, those inside sums too."""
+    for atom, _ in term.factors:
+        if isinstance(atom, Ref):
+            yield atom
+        elif isinstance(atom, Sum):
+            for item in atom.items:
+                yield from references(Prod(item.coef, item.factors))
+
+
+def recut(term: Ref | Prod, start: int, stop: int, sizes: Sequence[Dim]) -> Ref | Prod | None:
+    """The term with its coordinate axes from `start` to `stop` merged, and cut into these sizes; None where unprovable.
+
+    What a mean runs over may be one axis or several: the numbers are the same, and so is their order.
+    """
+
+    def cut(ref: Ref) -> Ref:
+        layout = ref.layout.merge(start, stop).split(start, sizes)
+        if layout is None:
+            raise _Uncut
+        return Ref(ref.value, layout)
+
+    def atom(given: Atom) -> Atom:
+        if isinstance(given, Ref):
+            return cut(given)
+        if isinstance(given, Sum):
+            return Sum(
+                given.const,
+                tuple(Item(i.coef, factors(i.factors), i.origin and cut(i.origin), i.share) for i in given.items),
+            )
+        if isinstance(given, Reduce):
+            return Reduce(given.kind, whole(given.child), given.rank)
+        if isinstance(given, Group):
+            return Group(Prod(given.product.coef, factors(given.product.factors)))
+        raise _Uncut
+
+    def factors(given: Factors) -> Factors:
+        return tuple((atom(own), exponent) for own, exponent in given)
+
+    def whole(given: Ref | Prod) -> Ref | Prod:
+        return cut(given) if isinstance(given, Ref) else Prod(given.coef, factors(given.factors))
+
+    try:
+        return whole(term)
+    except _Uncut:
+        return None
+
+
+class _Uncut(Exception):
+    """Coordinate axes cannot be cut so."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fusion.facts import Facts
+from fusion.facts import Facts, rearrange
 from fusion.graph import Graph, Node, Value
-from fusion.laws import contraction, guards, noise, pieces, powers, reduction, ring
+from fusion.laws import contraction, guards, noise, normalization, pieces, powers, reduction, ring
 from fusion.layout import Layout
 from fusion.terms import Prod, Ref, leaf, number
 
@@ -18,13 +18,17 @@ LAWS: dict[str, Normalise] = {
     **dict.fromkeys(powers.OPERATORS, powers.normalise),
     **dict.fromkeys(reduction.OPERATORS, reduction.normalise),
     **dict.fromkeys(contraction.OPERATORS, contraction.normalise),
+    **dict.fromkeys(normalization.OPERATORS, normalization.normalise),
 }
 MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 """Operators that a product or sum opens where their result is private."""
 
 
-OPENED = MERGED | reduction.COUNTED
+OPENED = MERGED | reduction.COUNTED | normalization.OPERATORS
 """Operators whose term is opened inside a product or sum: also reductions, whose count meets the numbers around."""
+
+PASSED = noise.OPERATORS | {"Where"} | rearrange.RULES.keys()
+"""Operators that a reference may be followed through."""
 
 DEPTH = 60
 """How deep private arithmetic is opened; a chain of thousands of additions is no formula."""
@@ -80,10 +84,10 @@ class View:
         """
         if value in self._numbers:
             return self._numbers[value]
-        stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
-        shape = self.facts.shape(value)
         constant: float | None = None
-        if not stored or (shape is not None and all(dim == 1 for dim in shape)):
+        stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
+        shape = self.facts.shape(value) if stored else ()
+        if shape is not None and all(dim == 1 for dim in shape):
             constant = self.facts.number(value)
         self._numbers[value] = constant
         return constant
@@ -107,12 +111,17 @@ class View:
         value = node.inputs[index]
         shape = self.facts.shape(value) if value is not None else None
         if strict is not None:
-            return self.peel(strict).ref
+            return self.source(strict)
         if value is None or shape is None or len(shape) > len(ref.layout.source):
             return None
         full = ref.layout.source[len(ref.layout.source) - len(shape) :]
         layout = ref.layout.broadcast_over(tuple(1 if own == 1 else dim for own, dim in zip(shape, full, strict=True)))
         return None if layout is None else Ref(value, layout)
+
+    def source(self, ref: Ref) -> Ref:
+        """What `ref` reads behind layouts, noise and guards."""
+        node = ref.value.producer
+        return ref if node is None or node.op not in PASSED else self.peel(ref).ref
 
     def peel(self, ref: Ref) -> Peeled:
         """Follow `ref` through layouts, noise and guards."""
@@ -137,7 +146,7 @@ class View:
     def step(self, value: Value, layout: Layout) -> tuple[Value, Layout] | None:
         """One step back through a layout operator, noise or a guard; None where `value` is something of its own."""
         node = value.producer
-        if node is None:
+        if node is None or node.op not in PASSED:
             return None
         repeated = noise.crossed(node, value, self.facts) or guards.guarded(node, self.facts)
         if repeated is not None:
@@ -153,7 +162,7 @@ class View:
     def rearranges(self, node: Node) -> bool:
         """Whether the node only rearranges or repeats its first input."""
         output = node.outputs[0] if node.outputs else None
-        if output is None:
+        if output is None or node.op not in PASSED:
             return False
         return noise.crossed(node, output, self.facts) is not None or self.facts.through(output) is not None
 
@@ -168,9 +177,16 @@ class View:
         if constant is not None:
             return number(constant)
         node = source.producer
-        if node is not None and node.key in OPENED and (peeled.private or self.shared):
+        if node is not None and node.key in OPENED and (peeled.private or self.shared) and not self._is_stored(source):
             return self.expand(peeled.ref)
         return leaf(peeled.ref)
+
+    def _is_stored(self, value: Value, depth: int = 3) -> bool:
+        """Whether a value is stored, or computed from such alone: one parameter, such as a weight of 1 + w."""
+        node = value.producer
+        if node is None or node.op == "Constant":
+            return self.facts.is_constant(value)
+        return depth > 0 and all(own is None or self._is_stored(own, depth - 1) for own in node.inputs)
 
     def expand(self, ref: Ref) -> Prod:
         """The term of a value, one level deep; a leaf where no law knows the operator."""
@@ -187,7 +203,7 @@ class View:
         return known
 
     def _expand(self, ref: Ref) -> Prod:
-        source = self.peel(ref).ref
+        source = self.source(ref)
         if source != ref:
             return self.expand(source)
         node = source.value.producer

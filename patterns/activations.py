@@ -2,7 +2,7 @@
 
 from math import pi
 
-from fusion.language import erf, pattern, scalar, sigmoid, sqrt, tanh
+from fusion.language import either, erf, exp, pattern, scalar, sigmoid, sqrt, tanh
 from fusion.schema import attribute
 
 
@@ -21,7 +21,13 @@ def gelu_tanh(x):
 @pattern(x="...", alpha=scalar())
 def swish(x, alpha):
     """x σ(α x): SiLU for α = 1 (Elfwing et al. 2017), the sigmoid Gelu for α = 1.702 (Hendrycks & Gimpel 2016)."""
-    return x * sigmoid(alpha * x)
+    return either(x * sigmoid(alpha * x), x / (1 + exp(-alpha * x)))
+
+
+@pattern(x="...")
+def logistic(x):
+    """σ(x) written out (Verhulst 1845); exp(-x) may overflow, and then both are 0."""
+    return 1 / (1 + exp(-x))
 
 
 @pattern(x="... D", bias="D")
@@ -86,6 +92,11 @@ def _(found, op):
 @swish.emit("ort-cpu")
 def _(found, op):
     return op.microsoft.QuickGelu(found.x, alpha=found.alpha)
+
+
+@logistic.emit("onnx", "ort-cpu")
+def _(found, op):
+    return op.Sigmoid(found.x)
 
 
 @bias_gelu.emit("ort-cpu")

@@ -34,9 +34,9 @@ def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
 
 def _standard(found, op):
     found.require_one_dtype()
-    q, k, v = (op.arranged(capture) for capture in (found.q, found.k, found.v))
-    heads = {"q_num_heads": found.size("H"), "kv_num_heads": found.size("H"), "scale": found.scale}
-    return op.guarded(op.Attention(q, k, v, op.additive(found.bias), **heads))
+    shared, (k, v) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"))
+    heads = {"q_num_heads": found.size("H"), "kv_num_heads": shared, "scale": found.scale}
+    return op.guarded(op.Attention(op.arranged(found.q), k, v, op.additive(found.bias), **heads))
 
 
 multi_head_attention.emit("onnx")(_standard)
@@ -44,7 +44,9 @@ multi_head_attention.emit("onnx")(_standard)
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
-    found.require(not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean")
+    found.require(
+        not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean"
+    )
     return _standard(found, op)
 
 

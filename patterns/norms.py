@@ -1,6 +1,6 @@
 """Layer and RMS normalization over trailing axes, alone or with the residual before them."""
 
-from fusion.language import keep, mean, optional, pattern, scalar, sqrt
+from fusion.language import axes, keep, mean, optional, pattern, scalar, sqrt
 from fusion.schema import attribute
 
 
@@ -14,6 +14,16 @@ def rms_norm(x, scale, eps):
 def layer_norm(x, scale, bias, eps):
     """Layer normalization (Ba, Kiros & Hinton 2016, eq. 4); D may be several trailing axes."""
     return rms_norm(x - mean(x), scale, eps) + bias
+
+
+@pattern(x="N C S", scale="C", bias=optional("C"), eps=scalar(9e-6))
+def instance_norm(x, scale, bias, eps):
+    """Instance normalization (Ulyanov, Vedaldi & Lempitsky 2016, eq. 3): group normalization of one channel a group.
+
+    With a smaller eps kernels that compute a x + b, a = scale / sqrt(v + eps), lose digits where v is nearly 0.
+    """
+    d = x - mean(x)
+    return d / sqrt(mean(d**2) + eps) * axes(scale, "C -> C 1") + axes(bias, "C -> C 1")
 
 
 @pattern(x="... D", skip="... D", shift=optional("D"), scale="D", bias=optional("D"), eps=scalar(0))
@@ -49,6 +59,22 @@ def _(found, op):
     return op.LayerNormalization(
         op.arranged(found.x), scale, op.arranged(found.bias), axis=-found.count("D"), epsilon=found.eps
     )
+
+
+@instance_norm.emit("onnx", "ort-cpu")
+def _(found, op):
+    found.require(
+        found.least("S") > 1, "of one element x - mean(x) is exactly 0, and a x + b with a = scale / sqrt(eps) not"
+    )
+    bias = op.arranged(found.bias) or op.zeros("C")
+    return op.InstanceNormalization(op.arranged(found.x), op.arranged(found.scale), bias, epsilon=found.eps)
+
+
+@instance_norm.emit("onnx", "ort-cpu")
+def _(found, op):
+    normed = op.InstanceNormalization(op.arranged(found.x), op.ones("C"), op.zeros("C"), epsilon=found.eps)
+    scaled = op.Mul(normed, op.before(found.scale, found.count("S")))
+    return op.Add(scaled, op.before(found.bias, found.count("S"))) if found.bias else scaled
 
 
 @rms_norm.emit("onnx", "ort-cpu")

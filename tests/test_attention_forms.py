@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from building import BOOL, misses, numbers, operators, same
-from test_attention import CROSS, PRIMES, SMALLEST, Attention, Sizes
+from building import BOOL, misses, numbers, operators
+from test_attention import CROSS, PRIMES, SMALLEST, Attention, Sizes, same
 
 MULTI = {"multi_head_attention": 1}
 
@@ -186,3 +186,22 @@ def test_a_scaled_query_that_others_read_stays():
     attended = b.merged(b.matmul(b.softmax(b.matmul(scaled, k), axis=-1), v))
     result = same(b.model(attended, b.relu(scaled)), b.feeds)
     assert result.counts == MULTI
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_the_standard_operator_reads_shared_heads_once(groups):
+    """Without masks it is the standard operator from opset 23 on, and nothing is repeated any more."""
+    b = Attention(Sizes(H=6), opset=23)
+    s = b.sizes
+    q = b.heads(b.projection("x", s.hidden), s.D)
+
+    def shared(width: int) -> str:
+        made = b.transpose(b.reshape(b.projection("x", groups * width), [0, -1, groups, width]), perm=[0, 2, 1, 3])
+        wide = b.expand(b.unsqueeze(made, np.array([2])), np.array([1, 1, 6 // groups, 1, 1]))
+        return b.reshape(wide, np.array([0, 6, -1, width]))
+
+    result = same(b.model(b.merged(attend(b, q, shared(s.D), shared(s.E)))), b.feeds, patterns=["multi_head_attention"])
+    (node,) = [node for node in result.model.graph.node if node.op_type == "Attention"]
+    attributes = {a.name: a.i for a in node.attribute}
+    assert (attributes["q_num_heads"], attributes["kv_num_heads"]) == (6, groups)
+    assert not {"Expand", "Reshape", "Transpose"} & operators(result.model).keys()

@@ -9,12 +9,12 @@ an empty tensor, and is used as if it did. Nothing reads a payload above `consta
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 from onnx import ValueInfoProto
 
-from fusion.dims import Bound, Dim, Poly, lower, substitute, symbol, weight
+from fusion.dims import Bound, Dim, Poly, atom_of, lower, substitute, symbol, weight
 from fusion.facts import constants, dtypes, equalities, numbers, rearrange, shapes, values
 from fusion.facts.integers import IntTensor
 from fusion.graph import Graph, Node, Scope, Value
@@ -31,12 +31,22 @@ _DEPTH = 40
 """How many facts ask each other on Python's stack before the work list takes over."""
 
 
-class _Table(Generic[T]):
-    """One kind of fact: how to find it, and what was found."""
+_Known: TypeAlias = dict[Value, T | None]
+_Like: TypeAlias = Callable[[Value, _Known[T]], Value | None]
 
-    def __init__(self, rule: Callable[[Value], T | None]) -> None:
+
+class _Table(Generic[T]):
+    """One kind of fact: how to find it, and what was found.
+
+    Args:
+        rule: works the fact out.
+        like: the input whose fact a value shares, given what is known by now; most keep shape and element type.
+    """
+
+    def __init__(self, rule: Callable[[Facts, Value], T | None], like: _Like[T] | None = None) -> None:
         self.rule = rule
-        self.known: dict[Value, T | None] = {}
+        self.like = like
+        self.known: _Known[T] = {}
 
 
 class _TooDeep(Exception):
@@ -58,15 +68,16 @@ class Facts:
         self.graph = graph
         self.equal: dict[Poly, Dim] = {}
         """Learned equalities: atom → what it equals. Applied to every dimension of every fact."""
+        self._least: list[Dim] = []
         self._dims: set[Poly] = set()
         self._scopes: dict[Scope, str] = {}
         self._substituted: dict[Dim, Dim] = {}
         self._depth = 0
-        self._dtypes = _Table[int](lambda value: dtypes.dtype(self, value))
-        self._shapes = _Table[tuple[Dim, ...]](self._find_shape)
-        self._integers = _Table[IntTensor](lambda value: values.integers(self, value))
-        self._numbers = _Table[float](lambda value: numbers.number(self, value))
-        self._layouts = _Table[Layout](self._find_layout)
+        self._dtypes = _Table[int](dtypes.dtype, dtypes.like)
+        self._shapes = _Table[tuple[Dim, ...]](Facts._find_shape, shapes.like)
+        self._integers = _Table[IntTensor](values.integers)
+        self._numbers = _Table[float](numbers.number)
+        self._layouts = _Table[Layout](Facts._find_layout)
         self._tables: tuple[_Table[Any], ...] = (
             self._dtypes,
             self._shapes,
@@ -77,7 +88,8 @@ class Facts:
 
     def dtype(self, value: Value) -> int | None:
         """The element type, a `TensorProto.DataType`; None where unknown or no tensor."""
-        return self._ask(self._dtypes, value)
+        known = self._dtypes.known
+        return known[value] if value in known else self._ask(self._dtypes, value)
 
     def shape(self, value: Value) -> tuple[Dim, ...] | None:
         """The dimensions; None where the rank is unknown. An unknown dimension is a symbol of its own."""
@@ -86,7 +98,7 @@ class Facts:
 
     def rank(self, value: Value) -> int | None:
         """The number of dimensions."""
-        shape = self._ask(self._shapes, value)
+        shape = self.shape(value)
         return None if shape is None else len(shape)
 
     def integers(self, value: Value) -> IntTensor | None:
@@ -148,6 +160,9 @@ class Facts:
     def assume(self, atom: Poly, value: Dim) -> None:
         """Replace `atom` by `value` in every fact found from now on."""
         equalities.close(self.equal, atom, value)
+        smaller = atom_of(atom)
+        if smaller is not None and smaller.kind == "min0" and value in (0, smaller.args[0]):
+            self._least.append(smaller.args[0] if value == 0 else -smaller.args[0])
         self._substituted.clear()
 
     def not_negative(self, dim: Dim, scope: Scope) -> None:
@@ -161,7 +176,7 @@ class Facts:
             return dim
         found = self._substituted.get(dim)
         if found is None:
-            found = self._substituted[dim] = substitute(dim, self.equal)
+            found = self._substituted[dim] = substitute(dim, self.equal, self._least)
         return found
 
     def lower(self, dim: Dim) -> Bound:
@@ -175,31 +190,44 @@ class Facts:
         known = table.known
         if value in known:
             return known[value]
-        if self._depth == 0:
-            return self._settle(table, value)
+        if self._depth:
+            return self._find(table, value)
+        try:
+            return self._find(table, value)
+        except _TooDeep as deeper:
+            self._settle([(table, value), (deeper.table, deeper.value)])
+        return known[value]
+
+    def _find(self, table: _Table[T], value: Value) -> T | None:
         if self._depth >= _DEPTH:
             raise _TooDeep(table, value)
+        known = table.known
+        chain, like = [value], table.like
+        while like is not None and (source := like(chain[-1], known)) is not None:
+            chain.append(source)
+            if source in known:
+                break
+        result = known.get(chain[-1])
         self._depth += 1
         try:
-            result = known[value] = table.rule(value)
+            for following in reversed(chain):  # where nothing is known of the source, its own declaration may say it
+                if result is None:
+                    result = table.rule(self, following)
+                known[following] = result
         finally:
             self._depth -= 1
         return result
 
-    def _settle(self, table: _Table[T], value: Value) -> T | None:
-        """Find a fact with a work list, so that a graph may be deeper than Python's stack."""
-        work: list[tuple[_Table[Any], Value]] = [(table, value)]
+    def _settle(self, work: list[tuple[_Table[Any], Value]]) -> None:
+        """Find facts with a work list, the last one first, so that a graph may be deeper than Python's stack."""
         while work:
-            next_table, next_value = work[-1]
-            self._depth = 1
+            table, value = work[-1]
             try:
-                self._ask(next_table, next_value)
+                if value not in table.known:
+                    self._find(table, value)
                 work.pop()
             except _TooDeep as deeper:
                 work.append((deeper.table, deeper.value))
-            finally:
-                self._depth = 0
-        return table.known[value]
 
     def _find_layout(self, value: Value) -> Layout | None:
         return None if value.producer is None else rearrange.layout(self, value.producer, value.slot)

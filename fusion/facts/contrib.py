@@ -84,11 +84,11 @@ def _grouped_query_attention(facts: Facts, node: Node, slot: int) -> Dims | None
 
 
 def _fused_matmul(facts: Facts, node: Node, slot: int) -> Dims | None:
-    if attribute_int(node, "transBatchA") or attribute_int(node, "transBatchB"):
-        return None
     sides = []
     for i, name in enumerate(("transA", "transB")):
         dims = input_shape(facts, node, i)
+        if dims is not None and len(dims) > 2 and attribute_int(node, f"transBatch{name[-1]}"):
+            dims = [*dims[1:-1], dims[0], dims[-1]]
         if dims is not None and len(dims) > 1 and attribute_int(node, name):
             dims = [*dims[:-2], dims[-1], dims[-2]]
         sides.append(dims)

@@ -42,6 +42,15 @@ _LIKE_INPUT = frozenset(
 )
 
 
+def like(value: Value, known: object) -> Value | None:
+    """The input that has the element type of `value` by the operator's schema; None where that says something else."""
+    node = value.producer
+    if node is None or node.domain:
+        return None
+    source = _source(node.op, node.version, value.slot)
+    return None if source is None else node.input(source)
+
+
 def dtype(facts: Facts, value: Value) -> int | None:
     """The element type of `value`; declared types count where the operator does not say it."""
     found = constants.stored(value)
@@ -73,13 +82,13 @@ def _computed(facts: Facts, node: Node, slot: int) -> int | None:
     if node.op == "If":
         found = {facts.dtype(body.outputs[slot]) for body in node.bodies if slot < len(body.outputs)}
         return found.pop() if len(found) == 1 else None
-    rules = _rules(node.op, node.version)
     if _chooses(node.op, node.version) and any(a.name in _CHOICES for a in node.proto.attribute):
         chosen = attribute(node, "dtype") or attribute(node, "output_dtype")
         return chosen if isinstance(chosen, int) and chosen else None
     if node.op == "SimplifiedLayerNormalization" or (node.op == "LayerNormalization" and node.version < 17):
         # onnxruntime's own operators of the default domain: the result has the type of the scale.
         return _of_input(facts, node, 1) if slot == 0 else None
+    rules = _rules(node.op, node.version)
     if not rules:
         return None
     fixed, source = rules[min(slot, len(rules) - 1)]
@@ -101,6 +110,12 @@ def _chooses(op: str, version: int) -> bool:
         return any(name in defs.get_schema(op, version, "").attributes for name in _CHOICES)
     except defs.SchemaError:
         return True
+
+
+@cache
+def _source(op: str, version: int, slot: int) -> int | None:
+    rules = _rules(op, version)
+    return rules[min(slot, len(rules) - 1)][1] if rules and not _chooses(op, version) else None
 
 
 @cache

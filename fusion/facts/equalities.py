@@ -19,6 +19,7 @@ from fusion.dims import (
     divide,
     lower,
     product,
+    stretched,
     substitute,
     terms,
     weight,
@@ -26,6 +27,7 @@ from fusion.dims import (
 from fusion.facts.common import attribute_int, input_shape, listed_dims
 from fusion.graph import Node
 from fusion.schema import axes
+from fusion.verdict import Verdict
 
 if TYPE_CHECKING:
     from fusion.facts import Facts
@@ -79,6 +81,17 @@ def _concat(facts: Facts, node: Node) -> Iterator[Equality]:
                     yield dim, chosen, []
 
 
+def _elementwise(facts: Facts, node: Node) -> Iterator[Equality]:
+    """A table cut to a length is as long as what it is combined with: min(64, t) beside t says that t is at most 64."""
+    output = node.outputs[0]
+    result = None if output is None else facts.shape(output)
+    for i in range(len(node.inputs)) if result else ():
+        dims = input_shape(facts, node, i)
+        for dim, whole in zip(reversed(dims or ()), reversed(result or ()), strict=False):
+            if isinstance(dim, Poly) and dim != whole and stretched(dim, whole) is Verdict.NO:
+                yield dim, whole, []
+
+
 def _reshape(facts: Facts, node: Node) -> Iterator[Equality]:
     """The number of elements stays. Where the target has a -1, none of its other entries is 0."""
     before, output = input_shape(facts, node, 0), node.outputs[0]
@@ -104,6 +117,7 @@ def _squeeze(facts: Facts, node: Node) -> Iterator[Equality]:
 
 
 _RULES = {
+    **dict.fromkeys(("Add", "Mul", "Sub", "Where"), _elementwise),
     "Concat": _concat,
     "Conv": _convolution,
     "Gemm": _gemm,

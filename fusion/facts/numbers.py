@@ -10,7 +10,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from fusion.dims import lower
-from fusion.facts import constants
+from fusion.facts import constants, values
 from fusion.facts.common import input_number
 from fusion.facts.dtypes import INTEGERS
 from fusion.graph import Node, Value
@@ -31,11 +31,15 @@ def number(facts: Facts, value: Value) -> float | None:
     if constants.stored(value) is not None:
         return _stored(facts, value)
     node = value.producer
-    rule = RULES.get(node.key) if node is not None else None
-    if node is not None and rule is not None and (value.slot == 0 or node.op == "Split"):
+    if node is None:
+        return None
+    rule = RULES.get(node.key)
+    if rule is not None and (value.slot == 0 or node.op == "Split"):
         found = rule(facts, node)
         if found is not None:
             return found
+    if node.key not in values.RULES or facts.dtype(value) in _FLOATS:
+        return None
     small = facts.integers(value)
     if small is None or not small.items or any(item != small.items[0] for item in small.items):
         return None

@@ -6,13 +6,13 @@ where it cannot tell the rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from fusion.dims import Dim, broadcast, divide, floordiv, lower, product
 from fusion.facts import contrib, pieces, products, windows
 from fusion.facts.common import Dims, attribute_int, attribute_ints, input_shape, listed_dims
-from fusion.graph import Node
+from fusion.graph import Node, Value
 from fusion.schema import attribute, axes
 
 if TYPE_CHECKING:
@@ -25,6 +25,23 @@ def shape(facts: Facts, node: Node, slot: int) -> Dims | None:
     """The shape of output `slot`, as far as the operator says it."""
     rule = RULES.get(node.key)
     return None if rule is None else rule(facts, node, slot)
+
+
+def like(value: Value, known: Mapping[Value, tuple[Dim, ...] | None]) -> Value | None:
+    """The input that has the shape of `value`, as far as what is known by now says it."""
+    node = value.producer
+    if node is None:
+        return None
+    rule = RULES.get(node.key)
+    if rule is same:
+        return node.input(0)
+    if rule is elementwise and len(node.inputs) == 2:
+        first, second = node.inputs
+        if second is not None and known.get(second) == ():
+            return first
+        if first is not None and known.get(first) == ():
+            return second
+    return None
 
 
 def same(facts: Facts, node: Node, slot: int) -> Dims | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fusion.dims import Dim, equal
@@ -27,21 +28,19 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
     None where a shape is unknown, an operand has rank 1, or batch axes cannot be aligned.
     """
     left, right, output = node.input(0), node.input(1), node.outputs[0]
-    if left is None or right is None or output is None:
+    if left is None or right is None or output is None or any(item.ref_attr_name for item in node.proto.attribute):
         return None
     swap_left = bool(attribute(node, "transA"))
     swap_right = bool(attribute(node, "transB"))
-    if node.op == "FusedMatMul" and (attribute(node, "transBatchA") or attribute(node, "transBatchB")):
-        return None
     shapes = [view.facts.shape(value) for value in (left, right, output)]
     if any(shape is None or len(shape) < 2 for shape in shapes):
         return None
     a, b, out = (shape for shape in shapes if shape is not None)
-    left_axes, right_axes = _align(a, out), _align(b, out)
+    *batch_a, rows, inner = _stored(len(a), swap_left, bool(attribute(node, "transBatchA")))
+    *batch_b, depth, columns = _stored(len(b), swap_right, bool(attribute(node, "transBatchB")))
+    left_axes, right_axes = _align(a, batch_a, out), _align(b, batch_b, out)
     if left_axes is None or right_axes is None:
         return None
-    rows, inner = (len(a) - 1, len(a) - 2) if swap_left else (len(a) - 2, len(a) - 1)
-    depth, columns = (len(b) - 1, len(b) - 2) if swap_right else (len(b) - 2, len(b) - 1)
     contraction = Contract(
         view.peel(Ref(left, ref.layout.remap(a, [*left_axes, rows, None], extra=[inner]))).ref,
         view.peel(Ref(right, ref.layout.remap(b, [*right_axes, None, columns], extra=[depth]))).ref,
@@ -61,12 +60,21 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
     return add(0.0, items)
 
 
-def _align(shape: tuple[Dim, ...], out: tuple[Dim, ...]) -> list[int | None] | None:
+def _stored(rank: int, swap: bool, swap_batch: bool) -> tuple[int, ...]:
+    """The axes of an operand as the product reads them: batch axes, then the two of the matrix."""
+    axes = range(rank)
+    if swap_batch:
+        return (*axes[1:-1], rank - 1, 0) if swap else (*axes[1:-1], 0, rank - 1)
+    return (*axes[:-2], rank - 1, rank - 2) if swap else tuple(axes)
+
+
+def _align(shape: tuple[Dim, ...], batch: Sequence[int], out: tuple[Dim, ...]) -> list[int | None] | None:
     """For each batch axis of the result, the operand's axis, or None where the operand is broadcast over it."""
     aligned: list[int | None] = []
+    missing = len(out) - 2 - len(batch)
     for axis, dim in enumerate(out[:-2]):
-        own = axis - (len(out) - len(shape))
-        if own < 0 or shape[own] == 1:
+        own = batch[axis - missing] if axis >= missing else None
+        if own is None or shape[own] == 1:
             aligned.append(None)
         elif equal(shape[own], dim) is Verdict.YES:
             aligned.append(own)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fusion.writer import Written
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
+OPERATORS = frozenset({"Identity", "Dropout", "Cast", "CastLike"})
 
 
 def crossed(node: Node, value: Value, facts: Facts) -> Value | None:

@@ -53,7 +53,7 @@ def one_level(ref: Ref, view: View) -> Prod | None:
 
     A capture may stand for a sum of its own: in (a + b) + c the graph has a value for a + b.
     """
-    ref = view.peel(ref).ref
+    ref = view.source(ref)
     node = ref.value.producer
     if node is None or node.key not in SUMS:
         return None
@@ -63,7 +63,7 @@ def one_level(ref: Ref, view: View) -> Prod | None:
         if operand is None:
             return None
         sign = -1.0 if node.op == "Sub" and index == 1 else 1.0
-        items.append(Item(sign, ((view.peel(operand).ref, 1.0),), operand, sign))
+        items.append(Item(sign, ((view.source(operand), 1.0),), operand, sign))
     return leaf(Sum(0.0, tuple(items)))
 
 
