@@ -153,6 +153,7 @@ class Rewriter:
         self.outcome = Outcome()
         self._reached: dict[tuple[Node, frozenset[str], int], dict[Value, int]] = {}
         self._failed: dict[tuple[str, str], NearMiss] = {}
+        self._again: set[str] = set()
 
     def run(self) -> Outcome:
         """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
@@ -188,9 +189,10 @@ class Rewriter:
         return self.outcome
 
     def _affected(self, made: Sequence[Node]) -> list[Plan]:
-        """The plans that new nodes can make match: those that read such a node, or failed before."""
+        """The plans that new nodes can make match: those that read such a node, failed before, or had to wait."""
         operators = {node.key for node in made}
-        failed = {near.pattern for near in self._failed.values()}
+        failed = {near.pattern for near in self._failed.values()} | self._again
+        self._again = set()
         return [plan for plan in self.writable if plan.reads & operators or plan.pattern.name in failed]
 
     def _forget(self) -> None:
@@ -350,25 +352,26 @@ class Rewriter:
         return bool(plan.inner) and isinstance(plan.root.single, p.MatMul) and self.view.rearranges(node)
 
     def _is_joined(self, value: Value) -> bool:
-        """Whether a value is several others side by side along its last axis, or has several axes merged there."""
-        root = self.view.root(value)
-        if root is None or not root.layout.axes:
+        """Whether a value is several others side by side along its last axis, or merges several axes there."""
+        node, root = value.producer, self.view.root(value)
+        if node is None or root is None or not root.layout.axes:
             return False
-        source, layout = self.view.peel(root).ref
-        node = source.producer
-        along = schema_axes(node, self.facts) if node is not None and node.key == "Concat" else None
-        own = [axis for axis, _, _ in layout.axes[-1]]
-        return node is not None and (len(own) > 1 or (along is not None and along[0] in own))
+        if node.key == "Concat":
+            return schema_axes(node, self.facts) == (len(root.layout.axes) - 1,)
+        through = self.facts.through(value)
+        return through is not None and len(through[1].axes[-1]) > 1
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def _write(self, candidates: Iterable[Candidate]) -> list[Node]:
         made: list[Node] = []
+        new: set[Node] = set()
         taken: set[Node] = set()
         for candidate in candidates:
             if not taken.isdisjoint(candidate.region.core):
                 continue
-            if made and _is_stale(candidate):
+            if made and (_is_stale(candidate) or _is_read(candidate, new)):
+                self._again.add(candidate.plan.pattern.name)
                 taken.update(candidate.region.core)
                 made.extend(candidate.region.core)  # to be matched anew in the next sweep, before what is less
                 continue
@@ -377,6 +380,7 @@ class Rewriter:
             if nodes:
                 taken.update(candidate.region.core)
                 made.extend(nodes)
+                new.update(nodes)
             elif not isinstance(emitted, Emitted):
                 self._note(candidate.plan, candidate.root, emitted)
         return made
@@ -489,8 +493,16 @@ def _tops(plan: Plan) -> Container[str]:
 
 
 def _is_stale(candidate: Candidate) -> bool:
-    """Whether a rewrite of this sweep removed a value that the match has bound."""
-    return any(value.scope.values.get(value.name) is not value for value in sources(candidate.state))
+    """Whether a rewrite of this sweep removed the root of a match, or a value that it has bound."""
+    values = (candidate.root, *sources(candidate.state))
+    return any(value.scope.values.get(value.name) is not value for value in values)
+
+
+def _is_read(candidate: Candidate, new: set[Node]) -> bool:
+    """Whether a node of this sweep reads a value inside the match, so that it is not private any more."""
+    finals = {candidate.root, *(ref.value for ref in candidate.state.kept.values())}
+    inside = (value for node in candidate.region.core for value in node.outputs if value not in finals)
+    return any(reader in new for value in inside if value is not None for reader in value.uses)
 
 
 def _around(nodes: Iterable[Node]) -> set[Node]:
