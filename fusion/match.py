@@ -705,7 +705,6 @@ class Matcher:
             was = known.value.name if isinstance(known, Ref) else str(known)
             yield from self.miss(state, "same value", f"{name} = {was} again", ref.value.name, 1, ref.value.name)
 
-
     def again(self, known: Ref, ref: Ref, state: State) -> State | None:
         """The state where a capture that is read again is the same numbers; None where that is not proved."""
         if known == ref:

@@ -352,14 +352,22 @@ class Rewriter:
         return bool(plan.inner) and isinstance(plan.root.single, p.MatMul) and self.view.rearranges(node)
 
     def _is_joined(self, value: Value) -> bool:
-        """Whether a value is several others side by side along its last axis, or merges several axes there."""
-        node, root = value.producer, self.view.root(value)
-        if node is None or root is None or not root.layout.axes:
+        """Whether a value is several others side by side along its last axis, or merges axes there."""
+        rank = self.facts.rank(value)
+        if not rank or value.producer is None:
             return False
-        if node.key == "Concat":
-            return schema_axes(node, self.facts) == (len(root.layout.axes) - 1,)
         through = self.facts.through(value)
-        return through is not None and len(through[1].axes[-1]) > 1
+        if through is None:
+            return self._concatenates(value, rank - 1)
+        source, layout = through
+        own = [axis for axis, _, _ in layout.axes[-1]]
+        moved = len(own) == 1 and own[0] != len(layout.source) - 1
+        return len(own) > 1 or (moved and self._concatenates(source, own[0]))
+
+    def _concatenates(self, value: Value, axis: int | None) -> bool:
+        """Whether a value is several others side by side along this axis."""
+        node = value.producer
+        return node is not None and node.key == "Concat" and schema_axes(node, self.facts) == (axis,)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
