@@ -23,8 +23,9 @@ from fusion import api
 from fusion.demo import demonstrate
 from fusion.diff import diff as diff_models
 from fusion.errors import FusionError
+from fusion.language import Pattern
 from fusion.report import Report, plain, table
-from fusion.simplify import RULES
+from fusion.simplify import RULES, Rule
 from fusion.verify import verify as verify_models
 
 DIFFERENT, FAILED = 1, 2
@@ -175,7 +176,7 @@ def verify(
 @app.command(epilog=_example("fusion patterns", "fusion patterns --json"))
 def patterns(as_json: AsJson = False) -> None:
     """List the patterns of the library and the simplifications: what, for which targets, and where."""
-    known = [*api.library().values(), *RULES.values()]
+    known: list[Pattern | Rule] = [*api.library().values(), *RULES.values()]
     if as_json:
         fields = ("name", "doc", "targets", "path", "line")
         _print_json([{f: plain(getattr(p, f)) for f in fields} for p in known])
