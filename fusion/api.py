@@ -221,7 +221,7 @@ def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> Sequence[P
     """The patterns asked for; of the library, where nothing is asked for, those that can be written for the target."""
     known = library()
     if patterns is None:
-        return [pattern for pattern in known.values() if aim.name in pattern.targets]
+        return [pattern for pattern in known.values() if not set(aim.names).isdisjoint(pattern.targets)]
     chosen: list[Pattern] = []
     for pattern in patterns:
         if isinstance(pattern, Pattern):

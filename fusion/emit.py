@@ -242,7 +242,11 @@ class Builder:
     @property
     def microsoft(self) -> Builder:
         """The same builder for the operators of com.microsoft."""
-        other = Builder(self._found, MICROSOFT)
+        return self.of(MICROSOFT)
+
+    def of(self, domain: str) -> Builder:
+        """The same builder for the operators of another domain."""
+        other = Builder(self._found, domain)
         other.nodes, other.inputs = self.nodes, self.inputs
         return other
 
@@ -353,7 +357,9 @@ class Builder:
         for entry in rest:
             if entry.kind == "zero":
                 masks = [m for m in rest if m.kind == "mask" and (m.ref, m.keep) == (entry.ref, entry.keep)]
-                found.require(bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score")
+                found.require(
+                    bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score"
+                )
                 result = self.Where(self._keeps(entry), result, self._scalar(0.0), dtype=result.dtype)
         if not any(node.key == "IsNaN" for node in found.region.core):
             return result
@@ -365,7 +371,9 @@ class Builder:
         ref = _spread(entry.ref, keep=0)
         found = self._found
         found.require(not ref.layout.depends(1), f"{entry.ref.value.name} masks probabilities head by head")
-        mask = self.shared("Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32)
+        mask = self.shared(
+            "Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32
+        )
         op, opset = "ReduceMax" if entry.keep else "ReduceMin", found.opset
         if opset >= 18:
             kept = self.shared(op, [mask, self.constant(int64([1, 3]), "axes")], None, keepdims=0)

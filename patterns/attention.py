@@ -44,11 +44,13 @@ multi_head_attention.emit("onnx")(_standard)
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
-    found.require(not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean")
+    found.require(
+        not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean"
+    )
     return _standard(found, op)
 
 
-@multi_head_attention.emit("ort-cpu")
+@multi_head_attention.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()
@@ -60,7 +62,7 @@ def _(found, op):
     return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, op.additive(found.bias), **heads))
 
 
-@self_attention.emit("ort-cpu")
+@self_attention.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()
