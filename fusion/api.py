@@ -16,6 +16,7 @@ from fusion.errors import FusionError, PatternError
 from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
 from fusion.model import Model, load, save
+from fusion.opset import convert
 from fusion.report import explanation_to_dict, print_explanation, print_result, result_to_dict
 from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
 from fusion.state import Miss
@@ -37,6 +38,7 @@ class Result:
         timings: seconds by phase.
         nodes_before, nodes_after: nodes of all scopes.
         target: its name.
+        notes: what was put right on loading, and why the model is not at the opset asked for; one sentence each.
     """
 
     model: Any
@@ -46,6 +48,7 @@ class Result:
     nodes_before: int
     nodes_after: int
     target: str
+    notes: list[str] = field(default_factory=list)
     original: Any = field(default=None, repr=False)
     rewritten: Any = field(default=None, repr=False)
 
@@ -107,6 +110,7 @@ def optimize(
     destination: str | os.PathLike[str] | None = None,
     *,
     target: str = "ort-cpu",
+    opset: int | None = None,
     when: str = "legal",
     patterns: Iterable[Pattern | str] | None = None,
     check: bool = False,
@@ -117,6 +121,8 @@ def optimize(
         source: a path, ModelProto, gs.Graph or onnx_ir.Model.
         destination: where to write; without one the model comes back in `Result.model`, of the kind that came in.
         target: where the result must run, e.g. "ort-cpu" or "onnx".
+        opset: take the model to this opset of the standard operators first, for fused ones that came with it. Where
+            that is not known to be sound it stays at its own, and `Result.notes` says why. By default it stays.
         when: "legal" fuses whatever is equal and has a kernel.
         patterns: patterns or names of library patterns; all of the library by default.
         check: run both sides of every rewrite on the same inputs, and undo those that differ: they are among the near
@@ -136,6 +142,11 @@ def optimize(
         chosen = _chosen(patterns, aim)
         model = load(source)
         timings["load"] = time.perf_counter() - started
+        notes = list(model.notes)
+        if opset is not None:
+            started = time.perf_counter()
+            notes += filter(None, [convert(model, opset, aim)])
+            timings["convert"] = time.perf_counter() - started
         started = time.perf_counter()
         graph = Graph(model)
         before = sum(1 for _ in graph.nodes())
@@ -157,7 +168,7 @@ def optimize(
             written = model.export()
         timings["save"] = time.perf_counter() - started
     rewritten = destination if destination is not None else written
-    return Result(written, outcome.rewritten, near, timings, before, after, aim.name, source, rewritten)
+    return Result(written, outcome.rewritten, near, timings, before, after, aim.name, notes, source, rewritten)
 
 
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:

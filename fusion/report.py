@@ -38,6 +38,8 @@ def print_result(result: Result, console: Console | None = None) -> None:
     else:
         out.print("nothing was fused")
     out.print(f"{result.nodes_before} nodes before, {result.nodes_after} after; {_seconds(result.timings)}")
+    for note in result.notes:
+        out.print(f"note: {note}", markup=False)
     _print_checks(result, out)
     if result.near_misses:
         missed = Table(title="nearly, but not", title_justify="left")
@@ -85,6 +87,7 @@ def result_to_dict(result: Result) -> dict[str, Any]:
     """The result as JSON."""
     return {
         "target": result.target,
+        "notes": result.notes,
         "counts": result.counts,
         "nodes_before": result.nodes_before,
         "nodes_after": result.nodes_after,
