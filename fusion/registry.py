@@ -25,6 +25,7 @@ FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorPr
 CUDA = "CUDAExecutionProvider"
 NEWEST = 2**31 - 1  # end of the version range of a kernel that has no successor
 SNAPSHOT, CUDA_KERNELS = "onnxruntime-cpu.json", "onnxruntime-cuda.json"
+DATA = files("fusion") / "data"
 _BASELINE = 17  # opset of the standard operators in which a contrib operator is tried out
 
 
@@ -354,7 +355,7 @@ def current() -> Installed | Snapshot:
 @cache
 def snapshot() -> Snapshot:
     """Return the registry that comes with this package."""
-    return Snapshot((files("fusion") / "data" / SNAPSHOT).read_text("utf-8"))
+    return Snapshot((DATA / SNAPSHOT).read_text("utf-8"))
 
 
 @cache
@@ -362,7 +363,13 @@ def cuda() -> Registry:
     """Return the registry with the kernels for CUDA: of the installed onnxruntime, else those written down."""
     if CUDA in current().providers:
         return current()
-    return Listed(json.loads((files("fusion") / "data" / CUDA_KERNELS).read_text("utf-8")), CUDA)
+    return cuda_snapshot()
+
+
+@cache
+def cuda_snapshot() -> Listed:
+    """Return the kernels for CUDA that come with this package."""
+    return Listed(json.loads((DATA / CUDA_KERNELS).read_text("utf-8")), CUDA)
 
 
 def _converted(schema: Any) -> Schema:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import onnx
 import pytest
@@ -117,13 +117,29 @@ def test_the_snapshot_says_what_the_runtime_says(case: tuple) -> None:
 
 @pytest.mark.skipif(ort.__version__ != registry.snapshot().version, reason="the snapshot is of another onnxruntime")
 def test_the_snapshot_is_what_its_tool_writes() -> None:
+    tool = snapshot_tool()
+    assert tool.snapshot(registry.Installed()) == tool.PACKAGED.read_text("utf-8")
+
+
+def snapshot_tool() -> ModuleType:
     path = Path(__file__).parents[1] / "tools" / "snapshot_kernels.py"
     spec = importlib.util.spec_from_file_location("snapshot_kernels", path)
     assert spec is not None
     assert spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert tool.snapshot(registry.Installed()) == tool.PACKAGED.read_text("utf-8")
+    return tool
+
+
+def test_listed_kernels_say_what_the_provider_says() -> None:
+    """Written down and read again, those of the CPU: the same way as those for CUDA."""
+    text = snapshot_tool().listed(registry.Installed(), "CPUExecutionProvider")
+    listed = Target("listed", "CPUExecutionProvider", lambda: registry.Listed(json.loads(text), "CPUExecutionProvider"))
+    for op, domain, opset, shapes, _ in OPERATORS:
+        for data_type in TYPES:
+            inputs = [None if shape is None else data_type for shape in shapes]
+            route = CPU.route(op, domain, opset, inputs)
+            assert listed.route(op, domain, opset, inputs) == (route if route == "kernel" else None), (op, data_type)
 
 
 def test_without_onnxruntime_the_snapshot_serves(monkeypatch: pytest.MonkeyPatch) -> None:
