@@ -83,7 +83,7 @@ def _options(
 @app.command(
     epilog=_example(
         "fusion optimize model.onnx fused.onnx",
-        "fusion optimize model.onnx fused.onnx --target onnx --check",
+        "fusion optimize model.onnx fused.onnx --target onnx --opset 23 --check",
         "fusion optimize model.onnx fused.onnx --pattern gelu --pattern layer_norm --json",
     )
 )
@@ -94,6 +94,10 @@ def optimize(
     pattern: Annotated[
         list[str] | None, typer.Option("--pattern", metavar="NAME", help="Use this pattern only; may be repeated.")
     ] = None,
+    opset: Annotated[
+        int | None,
+        typer.Option("--opset", metavar="N", help="Take the model to this opset first, where that is sound."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Run both sides of every rewrite, and undo what differs.")
     ] = False,
@@ -101,7 +105,7 @@ def optimize(
 ) -> None:
     """Fuse what is equal and has a kernel, write the result, and say what was done and what nearly was."""
     with _busy(f"optimizing {source.name}"):
-        result = api.optimize(source, destination, target=target, patterns=pattern or None, check=check)
+        result = api.optimize(source, destination, target=target, opset=opset, patterns=pattern or None, check=check)
     _show(result, as_json)
 
 

@@ -259,7 +259,7 @@ class Rewriter:
 
     def emissions(self, pattern: Pattern) -> list[Emit]:
         """The ways to write a pattern for the target, preferred first."""
-        return [emission for emission in pattern.emissions if self.target.name in emission.targets]
+        return list(dict.fromkeys(e for name in self.target.names for e in pattern.emissions if name in e.targets))
 
     def anchors(self, plan: Plan) -> list[Node]:
         """The nodes that may spell the part of the formula that is rarest in this graph; empty where one is absent."""
