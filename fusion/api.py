@@ -19,8 +19,10 @@ from fusion.errors import FusionError, PatternError
 from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
 from fusion.model import load, save
+from fusion.opset import convert
 from fusion.report import Report, table
 from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
+from fusion.simplify import GROUP, RULES, Simplifier
 from fusion.state import Miss
 from fusion.targets import Target, target_named
 from fusion.verdict import Verdict
@@ -29,6 +31,8 @@ NEAR_MISSES = 16
 """How many anchors of one pattern a run explains; `why` explains all."""
 SHOWN = 12
 """How many near misses a table shows; the JSON has all."""
+ROUNDS = 4
+"""Upper bound of how often fusing and simplifying take turns; the second round rarely finds anything."""
 
 
 @dataclass(slots=True)
@@ -41,6 +45,7 @@ class Result(Report):
         timings: seconds by phase.
         matches: the rewrites, in order.
         near_misses: where a pattern nearly held, and what was unmet.
+        notes: what was put right on loading, and why the model is not at the opset asked for; one sentence each.
         model: the rewritten model, of the kind that came in; None where it was written to a destination.
         original, rewritten: what came in, and what came out or where it was written.
     """
@@ -51,6 +56,7 @@ class Result(Report):
     timings: dict[str, float]
     matches: list[Rewritten]
     near_misses: list[NearMiss]
+    notes: list[str]
     model: Any = field(repr=False)
     original: Any = field(repr=False)
     rewritten: Any = field(repr=False)
@@ -80,6 +86,8 @@ class Result(Report):
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items() if seconds >= 0.005)
         took = f"{sum(self.timings.values()):.2f} s" + (f" ({phases})" if phases else "")
         out.print(f"{self.nodes_before} nodes before, {self.nodes_after} after; {took}")
+        for note in self.notes:
+            out.print(f"note: {note}", markup=False)
         refused = [near for near in self.near_misses if any(miss.kind == "check" for miss in near.misses)]
         unchecked = [match for match in self.matches if match.checked is False]
         checked = sum(match.checked is True for match in self.matches)
@@ -142,6 +150,7 @@ def optimize(
     destination: str | os.PathLike[str] | None = None,
     *,
     target: str = "ort-cpu",
+    opset: int | None = None,
     when: str = "legal",
     patterns: Iterable[Pattern | str] | None = None,
     check: bool = False,
@@ -152,6 +161,8 @@ def optimize(
         source: a path, ModelProto, gs.Graph or onnx_ir.Model.
         destination: where to write; without one the model comes back in `Result.model`, of the kind that came in.
         target: where the result must run, e.g. "ort-cpu" or "onnx".
+        opset: take the model to this opset of the standard operators first, for fused ones that came with it. Where
+            that is not known to be sound it stays at its own, and `Result.notes` says why. By default it stays.
         when: "legal" fuses whatever is equal and has a kernel.
         patterns: patterns or names of library patterns; all of the library by default.
         check: run both sides of every rewrite on the same inputs, and undo those that differ: they are among the near
@@ -175,13 +186,18 @@ def optimize(
     with paused_collection():
         with timed("load"):
             aim = target_named(target)
-            chosen = _chosen(patterns, aim)
+            chosen, rules = _chosen(patterns, aim)
             model = load(source)
+        notes = list(model.notes)
+        if opset is not None:
+            with timed("convert"):
+                notes += filter(None, [convert(model, opset, aim)])
         with timed("index"):
             graph = Graph(model)
             before = sum(1 for _ in graph.nodes())
         rewriter = Rewriter(graph, chosen, aim, check=check)
-        outcome = rewriter.run()
+        outcome = rewriter.outcome
+        timings["simplify"] = _rewrite(rewriter, Simplifier(graph, rewriter.facts, rules, outcome.rewritten))
         timings.update(outcome.seconds)
         with timed("explain"):
             near = [*outcome.near, *_explained(rewriter, NEAR_MISSES, {miss.root for miss in outcome.near})]
@@ -192,7 +208,7 @@ def optimize(
                 save(model, destination)
             written = None if destination is not None else model.export()
     rewritten = written if destination is None else destination
-    return Result(aim.name, before, after, timings, outcome.rewritten, near, written, source, rewritten)
+    return Result(aim.name, before, after, timings, outcome.rewritten, near, notes, written, source, rewritten)
 
 
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:
@@ -214,9 +230,34 @@ def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort
     return Explanation(places)
 
 
+def _rewrite(rewriter: Rewriter, simplifier: Simplifier) -> float:
+    """Fuse and simplify until neither changes anything; return the seconds that simplifying took.
+
+    Fusions come first: what they replace need not be simplified, and they see weights as the exporter wrote them.
+    """
+    seconds = 0.0
+    rewriter.run()
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        changed = simplifier.run()
+        seconds += time.perf_counter() - started
+        if not changed:
+            break
+        fused = len(rewriter.outcome.rewritten)
+        rewriter.forget()
+        rewriter.run()
+        if len(rewriter.outcome.rewritten) == fused:
+            break
+    rewriter.run(last=True)
+    return seconds
+
+
 def _rewriter(source: Any, patterns: Iterable[Pattern | str] | None, target: str) -> Rewriter:
     aim = target_named(target)
-    return Rewriter(Graph(load(source)), _chosen(patterns, aim), aim)
+    chosen, rules = _chosen(patterns, aim)
+    if rules and patterns is not None:
+        raise PatternError(f"{', '.join(rules)}: a simplification has no formula to look for")
+    return Rewriter(Graph(load(source)), chosen, aim)
 
 
 def _matches(rewriter: Rewriter) -> list[Place]:
@@ -254,19 +295,27 @@ def library() -> dict[str, Pattern]:
     return registry
 
 
-def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> Sequence[Pattern]:
-    """The patterns asked for; of the library, where nothing is asked for, those that can be written for the target."""
+def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> tuple[Sequence[Pattern], Sequence[str]]:
+    """The patterns asked for, and the names of the simplifications.
+
+    Where nothing is asked for: of the library those that can be written for the target, and all simplifications.
+    """
     known = library()
     if patterns is None:
-        return [pattern for pattern in known.values() if aim.name in pattern.targets]
+        fit = [pattern for pattern in known.values() if not set(aim.names).isdisjoint(pattern.targets)]
+        return fit, list(RULES)
     chosen: list[Pattern] = []
+    rules: list[str] = []
     for pattern in patterns:
         if isinstance(pattern, Pattern):
             chosen.append(pattern)
         elif pattern in known:
             chosen.append(known[pattern])
+        elif pattern in RULES or pattern == GROUP:
+            rules.extend(RULES if pattern == GROUP else [pattern])
         else:
-            close = difflib.get_close_matches(pattern, known, n=1)
+            names = [*known, GROUP, *RULES]
+            close = difflib.get_close_matches(pattern, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
-            raise PatternError(f"there is no pattern {pattern!r}{hint} Known: {', '.join(known)}")
-    return chosen
+            raise PatternError(f"there is no pattern {pattern!r}{hint} Known: {', '.join(names)}")
+    return chosen, rules

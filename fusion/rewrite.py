@@ -155,20 +155,25 @@ class Rewriter:
         self._failed: dict[tuple[str, str], NearMiss] = {}
         self._again: set[str] = set()
 
-    def run(self) -> Outcome:
-        """Rewrite to the fixpoint; the graph holds the edits, uncommitted."""
+    def run(self, *, last: bool = False) -> Outcome:
+        """Rewrite to the fixpoint; the graph holds the edits, uncommitted. Run it again where others edited since.
+
+        Args:
+            last: the patterns that wait until nothing else is to be done, and only these.
+        """
         dirty: set[Node] | None = None
-        learned = False
-        plans = first = [plan for plan in self.writable if not plan.pattern.is_last]
-        last = [plan for plan in self.writable if plan.pattern.is_last]
-        for sweep in range(SWEEPS):
-            self.outcome.sweeps = sweep + 1
+        learned = last
+        plans = first = [plan for plan in self.writable if plan.pattern.is_last is last]
+        if not last:
+            self._failed.clear()
+        for _ in range(SWEEPS):
+            self.outcome.sweeps += 1
             started = time.perf_counter()
             candidates = self.candidates(plans, dirty)
             if not learned and self._leaves_attention(candidates):  # before what a rewrite removes can say no more
                 learned, dirty, plans = True, None, first
                 self._learn()
-                self._forget()
+                self.forget()
                 candidates = self.candidates(plans)
             self.outcome.seconds["match"] += time.perf_counter() - started
             started = time.perf_counter()
@@ -179,27 +184,26 @@ class Rewriter:
             elif not learned and self._leaves_attention():
                 learned, dirty, plans = True, None, first
                 self._learn()
-            elif last:
-                dirty, plans, last = None, last, []
             else:
                 break
-            self._forget()
+            self.forget()
         written = {(made.pattern, made.root) for made in self.outcome.rewritten}
-        self.outcome.near.extend(near for key, near in self._failed.items() if key not in written)
+        self.outcome.near = [near for key, near in self._failed.items() if key not in written]
         return self.outcome
+
+    def forget(self) -> None:
+        """Drop what an edit of the graph, or an equality, may have changed."""
+        self.view.forget()
+        self._shared.forget()
+        self._reached.clear()
 
     def _affected(self, made: Sequence[Node]) -> list[Plan]:
         """The plans that new nodes can make match: those that read such a node, failed before, or had to wait."""
         operators = {node.key for node in made}
         failed = {near.pattern for near in self._failed.values()} | self._again
         self._again = set()
-        return [plan for plan in self.writable if plan.reads & operators or plan.pattern.name in failed]
-
-    def _forget(self) -> None:
-        """Drop what an edit, or an equality, may have changed."""
-        self.view.forget()
-        self._shared.forget()
-        self._reached.clear()
+        plans = (plan for plan in self.writable if not plan.pattern.is_last)
+        return [plan for plan in plans if plan.reads & operators or plan.pattern.name in failed]
 
     def _learn(self) -> None:
         """Learn equalities of sizes, until a pass finds none: a pass may need what the one before it found."""
@@ -257,7 +261,7 @@ class Rewriter:
 
     def emissions(self, pattern: Pattern) -> list[Emit]:
         """The ways to write a pattern for the target, preferred first."""
-        return [emission for emission in pattern.emissions if self.target.name in emission.targets]
+        return list(dict.fromkeys(e for name in self.target.names for e in pattern.emissions if name in e.targets))
 
     def anchors(self, plan: Plan) -> list[Node]:
         """The nodes that may spell the part of the formula that is rarest in this graph; empty where one is absent."""

@@ -45,8 +45,8 @@ def _lying(found):
     sequence = 1 if 1 in read or last == 2 else last - 1
     found.require(read <= {0, sequence}, "cos and sin are not the same for all heads")
     inside = (0, 1, tuple(range(2, last + 1)))
-    lying = inside if sequence == 1 else (0, tuple(range(1, sequence)), sequence, last)
-    return lying, (0, sequence, last), 0 in read
+    apart = (0, tuple(range(1, sequence)), sequence, last)
+    return inside if sequence == 1 else apart, (0, sequence, last), 0 in read
 
 
 def _rotated(found, op, build):

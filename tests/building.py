@@ -20,7 +20,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from onnx.reference import ReferenceEvaluator
 
 import fusion
-from fusion.api import Result
+from fusion.api import Result, library
 
 FLOAT, HALF, DOUBLE, INT64, BOOL = (
     TensorProto.FLOAT,
@@ -220,20 +220,51 @@ def equal(expected, got, tolerance: float | None = None) -> None:
 
 
 def same(model: ModelProto, feeds, *, tolerance: float | None = None, **options) -> Result:
-    """Optimize, and check that the model that comes out is sound and computes the same on every feed."""
+    """Fuse, and check that the model that comes out is sound and computes the same on every feed.
+
+    Simplified as well, the model must still compute the same, bit for bit; what is returned is fused alone.
+    """
+    feeds = feeds if isinstance(feeds, list) else [feeds]
     original = model.SerializeToString(deterministic=True)
-    result = fusion.optimize(model, **options)
+    chosen = options.pop("patterns", None)
+    fusions = [p for p in library().values() if options.get("target", "ort-cpu") in p.targets]
+    result = fusion.optimize(model, patterns=fusions if chosen is None else chosen, **options)
     assert model.SerializeToString(deterministic=True) == original, "the model that came in was changed"
     well_formed(result.model)
     same_interface(model, result.model)
-    for feed in feeds if isinstance(feeds, list) else [feeds]:
+    computed = []
+    for feed in feeds:
         before, after = run(model, feed), run(result.model, feed)
         assert list(before) == list(after)
         for name, expected in before.items():
             equal(expected, after[name], tolerance)
+        computed.append(after)
     if not result.matches:
         assert result.model.SerializeToString(deterministic=True) == original, "nothing was fused, yet it changed"
+    if chosen is None:
+        whole = fusion.optimize(model, **options)
+        assert whole.counts.items() >= result.counts.items(), "simplifying cost a fusion"
+        simplified(model, whole.model)
+        for feed, expected in zip(feeds, computed, strict=True):
+            bits(expected, run(whole.model, feed))
     return result
+
+
+def simplified(before: ModelProto, after: ModelProto) -> None:
+    """A simplified model is well formed, has the same interface, and is simplified no further."""
+    well_formed(after)
+    same_interface(before, after)
+    again = fusion.optimize(after)
+    assert again.counts == {}
+    assert again.model.SerializeToString(deterministic=True) == after.SerializeToString(deterministic=True)
+
+
+def bits(expected: dict[str, np.ndarray], got: dict[str, np.ndarray]) -> None:
+    """The same outputs, bit for bit."""
+    assert list(expected) == list(got)
+    for name, array in expected.items():
+        assert (array.shape, array.dtype) == (got[name].shape, got[name].dtype)
+        assert array.tobytes() == got[name].tobytes(), f"{name} differs"
 
 
 def operators(model: ModelProto) -> Counter[str]:
