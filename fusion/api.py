@@ -43,7 +43,8 @@ class Result(Report):
         target: its name.
         nodes_before, nodes_after: nodes of all scopes.
         timings: seconds by phase.
-        matches: the rewrites, in order.
+        matches: the fusions, in order.
+        simplified: the simplifications, in order.
         near_misses: where a pattern nearly held, and what was unmet.
         notes: what was put right on loading, and why the model is not at the opset asked for; one sentence each.
         model: the rewritten model, of the kind that came in; None where it was written to a destination.
@@ -55,18 +56,24 @@ class Result(Report):
     nodes_after: int
     timings: dict[str, float]
     matches: list[Rewritten]
+    simplified: list[Rewritten]
     near_misses: list[NearMiss]
     notes: list[str]
     model: Any = field(repr=False)
     original: Any = field(repr=False)
     rewritten: Any = field(repr=False)
 
-    DERIVED: ClassVar[tuple[str, ...]] = ("counts",)
+    DERIVED: ClassVar[tuple[str, ...]] = ("counts", "simplifications")
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rewrites by pattern."""
+        """Fusions by pattern."""
         return dict(sorted(Counter(match.pattern for match in self.matches).items()))
+
+    @property
+    def simplifications(self) -> dict[str, int]:
+        """Simplifications by rule."""
+        return dict(sorted(Counter(made.pattern for made in self.simplified).items()))
 
     @property
     def diff(self) -> Diff:
@@ -85,6 +92,8 @@ class Result(Report):
         out.print(fused if self.matches else "nothing was fused", markup=False)
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items() if seconds >= 0.005)
         took = f"{sum(self.timings.values()):.2f} s" + (f" ({phases})" if phases else "")
+        if self.simplified:
+            out.print("simplified: " + ", ".join(f"{count} {rule}" for rule, count in self.simplifications.items()))
         out.print(f"{self.nodes_before} nodes before, {self.nodes_after} after; {took}")
         for note in self.notes:
             out.print(f"note: {note}", markup=False)
@@ -208,7 +217,9 @@ def optimize(
                 save(model, destination)
             written = None if destination is not None else model.export()
     rewritten = written if destination is None else destination
-    return Result(aim.name, before, after, timings, outcome.rewritten, near, notes, written, source, rewritten)
+    fused = [made for made in outcome.rewritten if made.pattern not in RULES]
+    simpler = [made for made in outcome.rewritten if made.pattern in RULES]
+    return Result(aim.name, before, after, timings, fused, simpler, near, notes, written, source, rewritten)
 
 
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:

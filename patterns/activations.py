@@ -94,7 +94,7 @@ def _(found, op):
     return op.microsoft.QuickGelu(found.x, alpha=found.alpha)
 
 
-@logistic.emit("onnx", "ort-cpu")
+@logistic.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     return op.Sigmoid(found.x)
 

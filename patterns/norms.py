@@ -61,7 +61,7 @@ def _(found, op):
     )
 
 
-@instance_norm.emit("onnx", "ort-cpu")
+@instance_norm.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(
         found.least("S") > 1, "of one element x - mean(x) is exactly 0, and a x + b with a = scale / sqrt(eps) not"
@@ -70,7 +70,7 @@ def _(found, op):
     return op.InstanceNormalization(op.arranged(found.x), op.arranged(found.scale), bias, epsilon=found.eps)
 
 
-@instance_norm.emit("onnx", "ort-cpu")
+@instance_norm.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     normed = op.InstanceNormalization(op.arranged(found.x), op.ones("C"), op.zeros("C"), epsilon=found.eps)
     scaled = op.Mul(normed, op.before(found.scale, found.count("S")))

@@ -107,5 +107,5 @@ def _microsoft(interleaved):
 
 
 for _pattern, _order in ((rotary, 0), (rotary_interleaved, 1), (partial_rotary, 0), (partial_rotary_interleaved, 1)):
-    _pattern.emit("onnx", "ort-cpu")(_standard(_order))
-    _pattern.emit("ort-cpu")(_microsoft(_order))
+    _pattern.emit("onnx", "ort-cpu", "ort-cuda")(_standard(_order))
+    _pattern.emit("ort-cpu", "ort-cuda")(_microsoft(_order))
