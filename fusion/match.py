@@ -175,6 +175,9 @@ class Matcher:
             yield from parts.match_concat(self, single, given, context, state)
         elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self._spine(single, context)):
             yield from spine.walk(given, 1.0, (), state)
+        elif isinstance(single, p.Softmax) and isinstance(given, Ref) and self._is_written_out(given):
+            for matched, _ in self.atom(single, self.view.source(given), context, state, False):
+                yield matched
         elif isinstance(given, Ref):
             opened = (self.view.expand if self._factors_of(term.factors).formulas else self.view.factor)(given)
             yield from self.product(term, opened, context, state, given.value.name)
@@ -415,20 +418,21 @@ class Matcher:
         if zeroed := guards.zeroed(node, given, self.view):
             yield from self._zeroed(atom, zeroed, context, state)
             return
-        if node.key != "Softmax":
+        written = guards.written_out(node, self.view.facts)
+        if written is None and node.key != "Softmax":
             yield from self.miss(
                 state, "operator", "Softmax", node.key, p.weight(Prod(1.0, ((atom, 1.0),))), node.label
             )
             return
-        operand = node.inputs[0]
+        operand = node.inputs[0] if written is None else written[0]
         shape = self.view.facts.shape(operand) if operand is not None else None
         if operand is None or shape is None:
             return
-        axis = attribute(node, "axis")
+        axis = attribute(node, "axis") if written is None else written[1]
         own = int(axis) % len(shape) if isinstance(axis, int) else len(shape) - 1
         positions = [position for letter in atom.letters for position in self.axes.positions(letter, context, state)]
         states: Iterator[State] = iter((state,))
-        if node.version < 13 and own != len(shape) - 1:
+        if written is None and node.version < 13 and own != len(shape) - 1:
             states = self.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
         elif not _covers(given.layout, positions, own):
             states = self.miss(
@@ -437,6 +441,11 @@ class Matcher:
         for current in states:
             scores = _without_maximum(Ref(operand, given.layout), self.view, positions)
             yield from self.child(atom.child, scores, context, current)
+
+    def _is_written_out(self, given: Ref) -> bool:
+        """Whether a value is a softmax that is a quotient in the graph, which the ring would take apart."""
+        node = self.view.source(given).value.producer
+        return node is not None and guards.written_out(node, self.view.facts) is not None
 
     def _zeroed(
         self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State

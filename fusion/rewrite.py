@@ -501,7 +501,7 @@ def _tops(plan: Plan) -> Container[str]:
         return SPELLINGS["sum"]
     if plan.ends_in_product:
         return MERGED | SPELLINGS["matmul"] | {"Transpose"}
-    return SPELLINGS["softmax"] if isinstance(single, p.Softmax) else MERGED
+    return {"Softmax", "Div"} if isinstance(single, p.Softmax) else MERGED
 
 
 def _is_stale(candidate: Candidate) -> bool:
