@@ -20,6 +20,7 @@ from fusion.explain import Explainer
 from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
 from fusion.model import load, save
+from fusion.opset import convert
 from fusion.report import Report, table
 from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
 from fusion.simplify import GROUP, RULES, Simplifier
@@ -43,8 +44,10 @@ class Result(Report):
         target: its name.
         nodes_before, nodes_after: nodes of all scopes.
         timings: seconds by phase.
-        matches: the rewrites, in order.
+        matches: the fusions, in order.
+        simplified: the simplifications, in order.
         near_misses: where a pattern nearly held, and what was unmet.
+        notes: what was put right on loading, and why the model is not at the opset asked for; one sentence each.
         model: the rewritten model, of the kind that came in; None where it was written to a destination.
         original, rewritten: what came in, and what came out or where it was written.
     """
@@ -54,17 +57,24 @@ class Result(Report):
     nodes_after: int
     timings: dict[str, float]
     matches: list[Rewritten]
+    simplified: list[Rewritten]
     near_misses: list[NearMiss]
+    notes: list[str]
     model: Any = field(repr=False)
     original: Any = field(repr=False)
     rewritten: Any = field(repr=False)
 
-    DERIVED: ClassVar[tuple[str, ...]] = ("counts",)
+    DERIVED: ClassVar[tuple[str, ...]] = ("counts", "simplifications")
 
     @property
     def counts(self) -> dict[str, int]:
-        """Rewrites by pattern."""
+        """Fusions by pattern."""
         return dict(sorted(Counter(match.pattern for match in self.matches).items()))
+
+    @property
+    def simplifications(self) -> dict[str, int]:
+        """Simplifications by rule."""
+        return dict(sorted(Counter(made.pattern for made in self.simplified).items()))
 
     @property
     def diff(self) -> Diff:
@@ -83,7 +93,11 @@ class Result(Report):
         out.print(fused if self.matches else "nothing was fused", markup=False)
         phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in self.timings.items() if seconds >= 0.005)
         took = f"{sum(self.timings.values()):.2f} s" + (f" ({phases})" if phases else "")
+        if self.simplified:
+            out.print("simplified: " + ", ".join(f"{count} {rule}" for rule, count in self.simplifications.items()))
         out.print(f"{self.nodes_before} nodes before, {self.nodes_after} after; {took}")
+        for note in self.notes:
+            out.print(f"note: {note}", markup=False)
         refused = [near for near in self.near_misses if any(miss.kind == "check" for miss in near.misses)]
         unchecked = [match for match in self.matches if match.checked is False]
         checked = sum(match.checked is True for match in self.matches)
@@ -146,6 +160,7 @@ def optimize(
     destination: str | os.PathLike[str] | None = None,
     *,
     target: str = "ort-cpu",
+    opset: int | None = None,
     when: str = "legal",
     patterns: Iterable[Pattern | str] | None = None,
     check: bool = False,
@@ -156,6 +171,8 @@ def optimize(
         source: a path, ModelProto, gs.Graph or onnx_ir.Model.
         destination: where to write; without one the model comes back in `Result.model`, of the kind that came in.
         target: where the result must run, e.g. "ort-cpu" or "onnx".
+        opset: take the model to this opset of the standard operators first, for fused ones that came with it. Where
+            that is not known to be sound it stays at its own, and `Result.notes` says why. By default it stays.
         when: "legal" fuses whatever is equal and has a kernel.
         patterns: patterns or names of library patterns; all of the library by default.
         check: run both sides of every rewrite on the same inputs, and undo those that differ: they are among the near
@@ -181,6 +198,10 @@ def optimize(
             aim = target_named(target)
             chosen, rules = _chosen(patterns, aim)
             model = load(source)
+        notes = list(model.notes)
+        if opset is not None:
+            with timed("convert"):
+                notes += filter(None, [convert(model, opset, aim)])
         with timed("index"):
             graph = Graph(model)
             before = sum(1 for _ in graph.nodes())
@@ -198,7 +219,9 @@ def optimize(
                 save(model, destination)
             written = None if destination is not None else model.export()
     rewritten = written if destination is None else destination
-    return Result(aim.name, before, after, timings, outcome.rewritten, near, written, source, rewritten)
+    fused = [made for made in outcome.rewritten if made.pattern not in RULES]
+    simpler = [made for made in outcome.rewritten if made.pattern in RULES]
+    return Result(aim.name, before, after, timings, fused, simpler, near, notes, written, source, rewritten)
 
 
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:
@@ -293,7 +316,8 @@ def _chosen(patterns: Iterable[Pattern | str] | None, aim: Target) -> tuple[Sequ
     """
     known = library()
     if patterns is None:
-        return [pattern for pattern in known.values() if aim.name in pattern.targets], list(RULES)
+        fit = [pattern for pattern in known.values() if not set(aim.names).isdisjoint(pattern.targets)]
+        return fit, list(RULES)
     chosen: list[Pattern] = []
     rules: list[str] = []
     for pattern in patterns:

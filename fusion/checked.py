@@ -25,7 +25,7 @@ from fusion.emit import Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.feeds import mask
 from fusion.graph import Graph, Node, Value
-from fusion.region import sources
+from fusion.region import grounds
 from fusion.runtime import ONNXRUNTIME, REFERENCE, Refused, Session
 from fusion.state import State
 from fusion.terms import Ref
@@ -61,7 +61,7 @@ def apply_checked(
         Unmet: they differ. The graph is as it was.
     """
     finals = [found.root, *(found.state.kept[index].value for index in sorted(found.state.kept))]
-    stops = set(sources(found.state))
+    stops = set(grounds(found.state))
     try:
         trial = Trial(cut(graph, found.facts, finals, stops), found.facts, found.state)
     except Unchecked as reason:

@@ -23,8 +23,9 @@ from fusion import api
 from fusion.demo import demonstrate
 from fusion.diff import diff as diff_models
 from fusion.errors import FusionError
+from fusion.language import Pattern
 from fusion.report import Report, plain, table
-from fusion.simplify import RULES
+from fusion.simplify import RULES, Rule
 from fusion.verify import verify as verify_models
 
 DIFFERENT, FAILED = 1, 2
@@ -82,7 +83,7 @@ def _options(
 @app.command(
     epilog=_example(
         "fusion optimize model.onnx fused.onnx",
-        "fusion optimize model.onnx fused.onnx --target onnx --check",
+        "fusion optimize model.onnx fused.onnx --target onnx --opset 23 --check",
         "fusion optimize model.onnx fused.onnx --pattern gelu --pattern layer_norm --json",
     )
 )
@@ -93,6 +94,10 @@ def optimize(
     pattern: Annotated[
         list[str] | None, typer.Option("--pattern", metavar="NAME", help="Use this pattern only; may be repeated.")
     ] = None,
+    opset: Annotated[
+        int | None,
+        typer.Option("--opset", metavar="N", help="Take the model to this opset first, where that is sound."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Run both sides of every rewrite, and undo what differs.")
     ] = False,
@@ -100,7 +105,7 @@ def optimize(
 ) -> None:
     """Fuse what is equal and has a kernel, write the result, and say what was done and what nearly was."""
     with _busy(f"optimizing {source.name}"):
-        result = api.optimize(source, destination, target=target, patterns=pattern or None, check=check)
+        result = api.optimize(source, destination, target=target, opset=opset, patterns=pattern or None, check=check)
     _show(result, as_json)
 
 
@@ -175,7 +180,7 @@ def verify(
 @app.command(epilog=_example("fusion patterns", "fusion patterns --json"))
 def patterns(as_json: AsJson = False) -> None:
     """List the patterns of the library and the simplifications: what, for which targets, and where."""
-    known = [*api.library().values(), *RULES.values()]
+    known: list[Pattern | Rule] = [*api.library().values(), *RULES.values()]
     if as_json:
         fields = ("name", "doc", "targets", "path", "line")
         _print_json([{f: plain(getattr(p, f)) for f in fields} for p in known])

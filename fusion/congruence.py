@@ -6,11 +6,11 @@ in the same coordinates. Stored tensors are compared by their payload.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from fusion.graph import Node
+from fusion.graph import Node, Value
 from fusion.layout import Layout
 from fusion.schema import axes
 from fusion.terms import Atom, Contract, Group, Prod, Reduce, Ref, Sum
@@ -28,12 +28,25 @@ DEPTH = 12
 """How many operators are looked through."""
 
 
-def same(view: View, a: Ref, b: Ref, depth: int = DEPTH) -> bool:
-    """Whether two references are provably equal, element by element, in their coordinates."""
-    if a == b:
-        return True
+def same(view: View, a: Ref, b: Ref, met: list[Value] | None = None) -> bool:
+    """Whether two references are provably equal, element by element, in their coordinates.
+
+    Args:
+        met: takes up the values, other than constants, that both are computed from in the same way.
+    """
+    return _same(_Proof(view, [] if met is None else met), a, b, DEPTH)
+
+
+class _Proof(NamedTuple):
+    view: View
+    met: list[Value]
+
+
+def _same(proof: _Proof, a: Ref, b: Ref, depth: int) -> bool:
+    view = proof.view
     a, b = view.peel(a).ref, view.peel(b).ref
     if a == b:
+        proof.met.append(a.value)
         return True
     if a.layout.shape != b.layout.shape:
         return False
@@ -46,11 +59,11 @@ def same(view: View, a: Ref, b: Ref, depth: int = DEPTH) -> bool:
     if first is None or second is None or depth == 0 or not _same_function(first, second):
         return False
     if first.key in ELEMENTWISE:
-        return _same_operands(view, a, b, depth - 1)
+        return _same_operands(proof, a, b, depth - 1)
     if first.key == "Gather":
-        return _same_gathered(view, a, b, depth - 1)
+        return _same_gathered(proof, a, b, depth - 1)
     left, right = view.expand(a), view.expand(b)
-    return left.single != a and right.single != b and _same_products(view, left, right, depth - 1)
+    return left.single != a and right.single != b and _same_products(proof, left, right, depth - 1)
 
 
 def _same_function(a: Node, b: Node) -> bool:
@@ -60,7 +73,7 @@ def _same_function(a: Node, b: Node) -> bool:
     return a.key == b.key and a.version == b.version and attributes[0] == attributes[1]
 
 
-def _same_operands(view: View, a: Ref, b: Ref, depth: int) -> bool:
+def _same_operands(proof: _Proof, a: Ref, b: Ref, depth: int) -> bool:
     first, second = a.value.producer, b.value.producer
     if first is None or second is None or len(first.inputs) != len(second.inputs):
         return False
@@ -69,15 +82,15 @@ def _same_operands(view: View, a: Ref, b: Ref, depth: int) -> bool:
             if own is not other:
                 return False
             continue
-        left, right = view.operand(a, first, index), view.operand(b, second, index)
-        if left is None or right is None or not same(view, left, right, depth):
+        left, right = proof.view.operand(a, first, index), proof.view.operand(b, second, index)
+        if left is None or right is None or not _same(proof, left, right, depth):
             return False
     return True
 
 
-def _same_gathered(view: View, a: Ref, b: Ref, depth: int) -> bool:
+def _same_gathered(proof: _Proof, a: Ref, b: Ref, depth: int) -> bool:
     """The same places, and the same rows: what is read of a row must be equal in all of them."""
-    rows, places = [], []
+    view, rows, places = proof.view, [], []
     for ref in (a, b):
         node = ref.value.producer
         data, indices = (node.inputs[0], node.inputs[1]) if node is not None else (None, None)
@@ -90,32 +103,34 @@ def _same_gathered(view: View, a: Ref, b: Ref, depth: int) -> bool:
         chosen = ref.layout.remap(shapes[1], [*[None] * axis, *range(count), *[None] * len(after)])
         rows.append(Ref(data, read))
         places.append(Ref(indices, chosen))
-    return same(view, places[0], places[1], depth) and same(view, rows[0], rows[1], depth)
+    return _same(proof, places[0], places[1], depth) and _same(proof, rows[0], rows[1], depth)
 
 
-def _same_products(view: View, a: Prod, b: Prod, depth: int) -> bool:
+def _same_products(proof: _Proof, a: Prod, b: Prod, depth: int) -> bool:
     if a.coef != b.coef or len(a.factors) != len(b.factors):
         return False
     pairs = zip(a.factors, b.factors, strict=True)
-    return all(own[1] == other[1] and _same_atoms(view, own[0], other[0], depth) for own, other in pairs)
+    return all(own[1] == other[1] and _same_atoms(proof, own[0], other[0], depth) for own, other in pairs)
 
 
-def _same_atoms(view: View, a: Atom, b: Atom, depth: int) -> bool:
+def _same_atoms(proof: _Proof, a: Atom, b: Atom, depth: int) -> bool:
     if isinstance(a, Ref) and isinstance(b, Ref):
-        return same(view, a, b, depth)
+        return _same(proof, a, b, depth)
     if isinstance(a, Group) and isinstance(b, Group):
-        return _same_products(view, a.product, b.product, depth)
+        return _same_products(proof, a.product, b.product, depth)
     if isinstance(a, Sum) and isinstance(b, Sum):
         terms = [[Prod(item.coef, item.factors) for item in total.items] for total in (a, b)]
         if a.const != b.const or len(terms[0]) != len(terms[1]):
             return False
-        return all(_same_products(view, own, other, depth) for own, other in zip(*terms, strict=True))
+        return all(_same_products(proof, own, other, depth) for own, other in zip(*terms, strict=True))
     if isinstance(a, Contract) and isinstance(b, Contract):
-        return same(view, a.left, b.left, depth) and same(view, a.right, b.right, depth)
+        return _same(proof, a.left, b.left, depth) and _same(proof, a.right, b.right, depth)
     if isinstance(a, Reduce) and isinstance(b, Reduce) and (a.kind, a.rank) == (b.kind, b.rank):
         if isinstance(a.child, Ref) and isinstance(b.child, Ref):
-            return same(view, a.child, b.child, depth)
-        return isinstance(a.child, Prod) and isinstance(b.child, Prod) and _same_products(view, a.child, b.child, depth)
+            return _same(proof, a.child, b.child, depth)
+        return (
+            isinstance(a.child, Prod) and isinstance(b.child, Prod) and _same_products(proof, a.child, b.child, depth)
+        )
     return False
 
 

@@ -295,7 +295,11 @@ class Builder:
     @property
     def microsoft(self) -> Builder:
         """The same builder for the operators of com.microsoft."""
-        other = Builder(self._found, MICROSOFT)
+        return self.of(MICROSOFT)
+
+    def of(self, domain: str) -> Builder:
+        """The same builder for the operators of another domain."""
+        other = Builder(self._found, domain)
         other.nodes, other.inputs = self.nodes, self.inputs
         return other
 

@@ -196,6 +196,9 @@ class Matcher:
             yield from parts.match_concat(self, single, given, context, state)
         elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self._spine(single, context)):
             yield from spine.walk(given, 1.0, (), state)
+        elif isinstance(single, p.Softmax) and isinstance(given, Ref) and self._is_written_out(given):
+            for matched, _ in self.atom(single, self.view.source(given), context, state, False):
+                yield matched
         elif isinstance(given, Ref):
             opened = (self.view.expand if self._factors_of(term.factors).formulas else self.view.factor)(given)
             yield from self.product(term, opened, context, state, given.value.name)
@@ -522,20 +525,21 @@ class Matcher:
                 if softmax.producer is not None:
                     yield from self.softmax(atom, softmax.producer, below, context, missed)
             return
-        if node.key != "Softmax":
+        written = guards.written_out(node, self.view.facts)
+        if written is None and node.key != "Softmax":
             lost = 1 if node.key in alike(SPELLINGS["softmax"]) else p.weight(Prod(1.0, ((atom, 1.0),)))
             states = self.miss(state, "operator", "Softmax", node.key, lost, node.label)
             if lost > 1:
                 yield from states
                 return
-        operand = node.inputs[0]
+        operand = node.inputs[0] if written is None else written[0]
         shape = self.view.facts.shape(operand) if operand is not None else None
         if operand is None or shape is None:
             return
-        axis = attribute(node, "axis")
+        axis = attribute(node, "axis") if written is None else written[1]
         own = int(axis) % len(shape) if isinstance(axis, int) else len(shape) - 1
         positions = [position for letter in atom.letters for position in self.axes.positions(letter, context, state)]
-        if node.version < 13 and own != len(shape) - 1:
+        if written is None and node.version < 13 and own != len(shape) - 1:
             states = self.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
         elif not _covers(given.layout, positions, own):
             states = self.miss(
@@ -544,6 +548,11 @@ class Matcher:
         for current in states:
             scores = _without_maximum(Ref(operand, given.layout), self.view, positions)
             yield from self.child(atom.child, scores, context, current)
+
+    def _is_written_out(self, given: Ref) -> bool:
+        """Whether a value is a softmax that is a quotient in the graph, which the ring would take apart."""
+        node = self.view.source(given).value.producer
+        return node is not None and guards.written_out(node, self.view.facts) is not None
 
     def _zeroed(
         self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State
@@ -839,8 +848,8 @@ class Matcher:
             bound = state.copy()
             bound.bound[name] = Ref(ref.value, viewed)
             yield bound
-        elif isinstance(known, Ref) and same(self.view, known, Ref(ref.value, viewed)):
-            yield state
+        elif isinstance(known, Ref) and (again := self.again(known, Ref(ref.value, viewed), state)):
+            yield again
         elif isinstance(known, Ref) and known.value is ref.value:
             wanted = f"{name} = {ref.value.name} again, in the same axes"
             yield from self.miss(state, "same value", wanted, "other axes", 1, ref.value.name)
@@ -850,6 +859,17 @@ class Matcher:
             kind, verdict = ("dimension", Verdict.UNKNOWN) if unknown else ("same value", Verdict.NO)
             found = unknown or ref.value.name
             yield from self.miss(state, kind, f"{name} = {was} again", found, 1, ref.value.name, verdict)
+
+    def again(self, known: Ref, ref: Ref, state: State) -> State | None:
+        """The state where a capture that is read again is the same numbers; None where that is not proved."""
+        if known == ref:
+            return state
+        met: list[Value] = []
+        if not same(self.view, known, ref, met):
+            return None
+        proved = state.copy()
+        proved.proved[known.value] = (*state.proved.get(known.value, ()), *met)
+        return proved
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------

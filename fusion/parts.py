@@ -12,7 +12,6 @@ from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
 
 from fusion import plan as p
-from fusion.congruence import same
 from fusion.dims import Dim, divide
 from fusion.language import ELLIPSIS, Dims
 from fusion.layout import Factor, Layout
@@ -112,8 +111,8 @@ def bind_piece(matcher: Matcher, variable: p.Var, given: Ref, context: Context, 
     ref = matcher.view.peel(given).ref
     known = state.parts.get((variable.name, piece.at))
     if known is not None:
-        if same(matcher.view, known, ref):
-            yield state
+        if again := matcher.again(known, ref, state):
+            yield again
         else:
             name = f"piece {piece.at} of {variable.name}"
             wanted = f"{name} = {known.value.name} again"

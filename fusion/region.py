@@ -97,6 +97,11 @@ def sources(state: State) -> list[Value]:
     return bound
 
 
+def grounds(state: State) -> list[Value]:
+    """The values a match binds, or, of one that is equal in several places, what proves it so."""
+    return [ground for value in sources(state) for ground in state.proved.get(value, (value,))]
+
+
 def _needed(view: View, node: Node) -> list[Value]:
     """The inputs whose numbers a node computes with: of a rearrangement only the data, not the shape."""
     inputs = node.inputs[:1] if node.op != "Concat" and view.rearranges(node) else node.inputs

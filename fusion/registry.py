@@ -1,13 +1,15 @@
 """The operators that onnx and onnxruntime know: schemas and kernels.
 
 Schemas say which element types an operator takes; kernels say for which of them there is an implementation. Both are
-asked of the libraries themselves, so they are right for the versions at hand. A snapshot (written by
-`tools/snapshot_kernels.py`) answers where onnxruntime is not installed.
+asked of the libraries themselves, so they are right for the versions at hand. Snapshots (written by
+`tools/snapshot_kernels.py`) answer where onnxruntime is not installed, or not with a provider.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,8 +22,10 @@ from typing import Any
 from onnx import AttributeProto, TensorProto, defs, helper
 
 FLOATING = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16)
+CUDA = "CUDAExecutionProvider"
 NEWEST = 2**31 - 1  # end of the version range of a kernel that has no successor
-SNAPSHOT = "onnxruntime-cpu.json"
+SNAPSHOT, CUDA_KERNELS = "onnxruntime-cpu.json", "onnxruntime-cuda.json"
+DATA = files("fusion") / "data"
 _BASELINE = 17  # opset of the standard operators in which a contrib operator is tried out
 
 
@@ -32,6 +36,8 @@ def type_name(data_type: int) -> str:
 
 _PREFERRED = ("tensor(float)", "tensor(int64)", "tensor(int32)", "tensor(bool)", "tensor(uint8)", "tensor(float16)")
 _DATA_TYPES = {type_name(data_type): data_type for data_type in TensorProto.DataType.values()}
+_HARMLESS = {"CPUExecutionProvider", "AzureExecutionProvider"}
+_ASK = "from onnxruntime.capi.onnxruntime_pybind11_state import get_all_opkernel_def as ask; ask()"
 _FILLERS = {"INT": 1, "FLOAT": 1.0, "STRING": "", "INTS": [1], "FLOATS": [1.0], "STRINGS": [""]}
 
 
@@ -136,11 +142,16 @@ class Standard(Registry):
 
 
 class Installed(Registry):
-    """The onnxruntime of this environment. Raises ImportError where there is none."""
+    """The onnxruntime of this environment. Raises ImportError where there is none, or it cannot be asked."""
 
     def __init__(self) -> None:
         super().__init__()
         self._runtime = import_module("onnxruntime")
+        # A build with a provider whose libraries are absent (TensorRT's, say) does not fail when asked: it crashes.
+        if set(self._runtime.get_available_providers()) - _HARMLESS:
+            asked = subprocess.run([sys.executable, "-c", _ASK], capture_output=True, check=False)
+            if asked.returncode:
+                raise ImportError("this onnxruntime cannot list its kernels without the libraries of its providers")
         state = import_module("onnxruntime.capi.onnxruntime_pybind11_state")
         self.version: str = self._runtime.__version__
         self.label = f"onnxruntime {self.version}"
@@ -241,6 +252,52 @@ class Snapshot(Registry):
         return {name: self._types[index] for name, index in types.items()}
 
 
+class Listed(Registry):
+    """Kernels that are written down: of a provider that is not installed, or of a runtime of the user's.
+
+    Schemas are those of the libraries at hand. An operator that they do not know takes what its kernels take.
+
+    Args:
+        data: `label`, what to call it; `newest_opset`; `kernels`: operator, as in `com.microsoft::Gelu`, → a list of
+            [first opset, last or 0 where there is none yet, {type variable or parameter: types}], the types as in
+            "float float16", or as an index into a list `types`.
+        provider: whose kernels they are.
+    """
+
+    def __init__(self, data: Mapping[str, Any], provider: str) -> None:
+        super().__init__()
+        self.label, self.newest_opset, self.providers = data["label"], data["newest_opset"], (provider,)
+        sets = data.get("types", ())
+        self._kernels = {
+            operator.removeprefix("ai.onnx::"): [
+                Kernel(
+                    first,
+                    last or NEWEST,
+                    {name: _named(sets[t] if isinstance(t, int) else t) for name, t in own.items()},
+                )
+                for first, last, own in found
+            ]
+            for operator, found in data["kernels"].items()
+        }
+
+    def _read(self, op: str, domain: str) -> Iterable[Schema]:
+        for known in (current(), standard()):
+            if found := known.versions(op, domain):
+                return found.values()
+        anything = {"T": frozenset(_DATA_TYPES)}
+        return [
+            Schema(kernel.first, [("input", "T")], [("output", "T")], 0, 1, anything, variadic=True, mixed=True)
+            for kernel in self.kernels(op, domain, "")
+        ]
+
+    def kernels(self, op: str, domain: str, provider: str) -> Sequence[Kernel]:
+        return self._kernels.get(f"{domain}::{op}" if domain else op, ())
+
+
+def _named(types: str) -> frozenset[str]:
+    return frozenset(f"tensor({name})" for name in types.split())
+
+
 def completed(schema: Schema, inputs: Sequence[int | None]) -> list[str]:
     """Return a type per input slot, "" for one that is left out; a required one of unknown type gets a likely one."""
     given = ["" if data_type is None else type_name(data_type) for data_type in inputs]
@@ -298,7 +355,21 @@ def current() -> Installed | Snapshot:
 @cache
 def snapshot() -> Snapshot:
     """Return the registry that comes with this package."""
-    return Snapshot((files("fusion") / "data" / SNAPSHOT).read_text("utf-8"))
+    return Snapshot((DATA / SNAPSHOT).read_text("utf-8"))
+
+
+@cache
+def cuda() -> Registry:
+    """Return the registry with the kernels for CUDA: of the installed onnxruntime, else those written down."""
+    if CUDA in current().providers:
+        return current()
+    return cuda_snapshot()
+
+
+@cache
+def cuda_snapshot() -> Listed:
+    """Return the kernels for CUDA that come with this package."""
+    return Listed(json.loads((DATA / CUDA_KERNELS).read_text("utf-8")), CUDA)
 
 
 def _converted(schema: Any) -> Schema:

@@ -152,6 +152,7 @@ class Rewriter:
         self.outcome = Outcome()
         self._reached: dict[tuple[Node, frozenset[str], int], dict[Value, int]] = {}
         self._failed: dict[tuple[str, str], NearMiss] = {}
+        self._again: set[str] = set()
 
     def run(self, *, last: bool = False) -> Outcome:
         """Rewrite to the fixpoint; the graph holds the edits, uncommitted. Run it again where others edited since.
@@ -195,9 +196,10 @@ class Rewriter:
         self._reached.clear()
 
     def _affected(self, made: Sequence[Node]) -> list[Plan]:
-        """The plans that new nodes can make match: those that read such a node, or failed before."""
+        """The plans that new nodes can make match: those that read such a node, failed before, or had to wait."""
         operators = {node.key for node in made}
-        failed = {near.pattern for near in self._failed.values()}
+        failed = {near.pattern for near in self._failed.values()} | self._again
+        self._again = set()
         plans = (plan for plan in self.writable if not plan.pattern.is_last)
         return [plan for plan in plans if plan.reads & operators or plan.pattern.name in failed]
 
@@ -257,7 +259,7 @@ class Rewriter:
 
     def emissions(self, pattern: Pattern) -> list[Emit]:
         """The ways to write a pattern for the target, preferred first."""
-        return [emission for emission in pattern.emissions if self.target.name in emission.targets]
+        return list(dict.fromkeys(e for name in self.target.names for e in pattern.emissions if name in e.targets))
 
     def anchors(self, plan: Plan) -> list[Node]:
         """The nodes that may spell the part of the formula that is rarest in this graph; empty where one is absent."""
@@ -352,26 +354,35 @@ class Rewriter:
         return bool(plan.inner) and isinstance(plan.root.single, p.MatMul) and self.view.rearranges(node)
 
     def _is_joined(self, value: Value) -> bool:
-        """Whether a value is several others side by side along its last axis, or has several axes merged there."""
-        root = self.view.root(value)
-        if root is None or not root.layout.axes:
+        """Whether a value is several others side by side along its last axis, or merges axes there."""
+        rank = self.facts.rank(value)
+        if not rank or value.producer is None:
             return False
-        source, layout = self.view.peel(root).ref
-        node = source.producer
-        along = schema_axes(node, self.facts) if node is not None and node.key == "Concat" else None
+        through = self.facts.through(value)
+        if through is None:
+            return self._concatenates(value, rank - 1)
+        source, layout = through
         own = [axis for axis, _, _ in layout.axes[-1]]
+        moved = len(own) == 1 and own[0] != len(layout.source) - 1
         merged = len(own) > 1 or len(layout.source) > len(layout.axes)  # an axis of size 1 leaves no factor
-        return node is not None and (merged or (along is not None and along[0] in own))
+        return merged or (moved and self._concatenates(source, own[0]))
+
+    def _concatenates(self, value: Value, axis: int | None) -> bool:
+        """Whether a value is several others side by side along this axis."""
+        node = value.producer
+        return node is not None and node.key == "Concat" and schema_axes(node, self.facts) == (axis,)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def _write(self, candidates: Iterable[Candidate]) -> list[Node]:
         made: list[Node] = []
+        new: set[Node] = set()
         taken: set[Node] = set()
         for candidate in candidates:
             if not taken.isdisjoint(candidate.region.core):
                 continue
-            if made and _is_stale(candidate):
+            if made and (_is_stale(candidate) or _is_read(candidate, new)):
+                self._again.add(candidate.plan.pattern.name)
                 taken.update(candidate.region.core)
                 made.extend(candidate.region.core)  # to be matched anew in the next sweep, before what is less
                 continue
@@ -380,6 +391,7 @@ class Rewriter:
             if nodes:
                 taken.update(candidate.region.core)
                 made.extend(nodes)
+                new.update(nodes)
             elif not isinstance(emitted, Emitted):
                 self._note(candidate.plan, candidate.root, emitted)
         return made
@@ -466,12 +478,20 @@ def _tops(plan: Plan) -> Container[str]:
         return SPELLINGS["sum"]
     if plan.ends_in_product:
         return MERGED | SPELLINGS["matmul"] | {"Transpose"}
-    return SPELLINGS["softmax"] if isinstance(single, p.Softmax) else MERGED
+    return {"Softmax", "Div"} if isinstance(single, p.Softmax) else MERGED
 
 
 def _is_stale(candidate: Candidate) -> bool:
-    """Whether a rewrite of this sweep removed a value that the match has bound."""
-    return any(value.scope.values.get(value.name) is not value for value in sources(candidate.state))
+    """Whether a rewrite of this sweep removed the root of a match, or a value that it has bound."""
+    values = (candidate.root, *sources(candidate.state))
+    return any(value.scope.values.get(value.name) is not value for value in values)
+
+
+def _is_read(candidate: Candidate, new: set[Node]) -> bool:
+    """Whether a node of this sweep reads a value inside the match, so that it is not private any more."""
+    finals = {candidate.root, *(ref.value for ref in candidate.state.kept.values())}
+    inside = (value for node in candidate.region.core for value in node.outputs if value not in finals)
+    return any(reader in new for value in inside if value is not None for reader in value.uses)
 
 
 def _around(nodes: Iterable[Node]) -> set[Node]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from fusion.graph import Value
 from fusion.terms import Ref
 from fusion.verdict import Verdict
 
@@ -52,7 +53,8 @@ Bound = Ref | float | tuple[Entry, ...]
 class State:
     """What one branch of the search has bound. Copied where it branches.
 
-    `parts` are the pieces of captures, by name and number.
+    `parts` are the pieces of captures, by name and number; `proved` says of a value that is read in several places, and
+    is the same there, what it is computed from in the same way.
     """
 
     bound: dict[str, Bound]
@@ -60,9 +62,12 @@ class State:
     kept: dict[int, Ref]
     misses: tuple[Miss, ...] = ()
     parts: dict[tuple[str, int], Ref] = field(default_factory=dict)
+    proved: dict[Value, tuple[Value, ...]] = field(default_factory=dict)
 
     def copy(self) -> State:
-        return State(dict(self.bound), dict(self.letters), dict(self.kept), self.misses, dict(self.parts))
+        return State(
+            dict(self.bound), dict(self.letters), dict(self.kept), self.misses, dict(self.parts), dict(self.proved)
+        )
 
     @property
     def unmet(self) -> int:

@@ -1,17 +1,27 @@
-"""Targets: where a fused model must run, and which operators that allows."""
+"""Targets: where a fused model must run, and which operators that allows.
+
+A target is a name, data that says which kernels there are, and the emissions of patterns that name it. Those that come
+with the package are `onnx`, `ort-cpu` and `ort-cuda`; `add_target` adds another.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 from fusion import registry
 from fusion.errors import TargetError
-from fusion.registry import Kernel, Registry, Schema
+from fusion.registry import Kernel, Listed, Registry, Schema
 
-_ORT = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
+PLUGINS = "onnx_fusion.targets"
+"""Entry points of this group, in installed packages, are imported where a target is not known: they add theirs."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +30,19 @@ class Target:
 
     Attributes:
         name: "onnx", "ort-cpu", ….
-        provider: the onnxruntime execution provider, None for the ONNX standard itself.
+        provider: whose kernels they are, such as an onnxruntime execution provider; None for the ONNX standard itself.
+        like: name of the target whose emissions it takes where a pattern's own do not hold.
     """
 
     name: str
     provider: str | None
     _registry: Callable[[], Registry]
+    like: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that emissions for it go by, preferred first."""
+        return (self.name, *(target_named(self.like).names if self.like else ()))
 
     @property
     def newest_opset(self) -> int:
@@ -57,24 +74,63 @@ class Target:
         return _decide(self._registry(), self.provider, op, domain, opset, tuple(inputs), output)[0]
 
 
+_targets = {
+    target.name: target
+    for target in (
+        Target("onnx", None, registry.standard),
+        Target("ort-cpu", "CPUExecutionProvider", registry.current),
+        Target("ort-cuda", registry.CUDA, registry.cuda),
+    )
+}
+
+
+def add_target(
+    name: str, data: Mapping[str, Any] | str | os.PathLike[str], *, like: str | None = None, provider: str | None = None
+) -> Target:
+    """Add a target, or replace it; patterns are written for it by emissions that name it.
+
+    Args:
+        name: its name.
+        data: its kernels, or the JSON file with them (see `registry.Listed`).
+        like: a known target whose emissions are taken, after those that name this one.
+        provider: what its kernels are called in messages; the name by default.
+
+    Raises:
+        TargetError: `like` is unknown, or the data is not what `registry.Listed` wants.
+    """
+    if like is not None:
+        target_named(like)
+    try:
+        read = data if isinstance(data, Mapping) else json.loads(Path(data).read_text("utf-8"))
+        listed = Listed(read, provider or name)
+    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise TargetError(
+            f"the kernels of the target {name!r} cannot be read ({type(error).__name__}: {error}): "
+            "expected label, newest_opset, and kernels by operator"
+        ) from None
+    _targets[name] = Target(name, provider or name, lambda: listed, like)
+    return _targets[name]
+
+
 def target_named(name: str) -> Target:
     """Return a target by its name.
 
     Raises:
         TargetError: there is none of that name; the message lists those that there are.
     """
-    known = target_names()
-    if name in known:
-        return Target(name, _ORT.get(name), registry.current if name in _ORT else registry.standard)
-    close = difflib.get_close_matches(name, known, 1)
+    if name not in _targets:
+        for plugin in entry_points(group=PLUGINS):
+            plugin.load()
+    if name in _targets:
+        return _targets[name]
+    close = difflib.get_close_matches(name, _targets, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise TargetError(f"the target {name!r} is unknown: {hint}There are {', '.join(known)}")
+    raise TargetError(f"the target {name!r} is unknown: {hint}There are {', '.join(_targets)}")
 
 
 def target_names() -> list[str]:
-    """Return the names of all targets: the standard, and the providers whose kernels are known."""
-    providers = registry.current().providers
-    return ["onnx", *(name for name, provider in _ORT.items() if provider in providers)]
+    """Return the names of all targets."""
+    return list(_targets)
 
 
 @cache

@@ -63,22 +63,22 @@ def _(node, rank):
     return {"x": node.inputs[0]} if node.input(1) is None else None
 
 
-@gelu.emit("onnx", "ort-cpu")
+@gelu.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     return op.Gelu(found.x)
 
 
-@gelu.emit("ort-cpu")
+@gelu.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     return op.microsoft.Gelu(found.x)
 
 
-@gelu_tanh.emit("onnx", "ort-cpu")
+@gelu_tanh.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     return op.Gelu(found.x, approximate="tanh")
 
 
-@gelu_tanh.emit("ort-cpu")
+@gelu_tanh.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.rank >= 1, "the kernel takes no scalar")
     return op.microsoft.FastGelu(found.x)
@@ -89,21 +89,21 @@ def _(found, op):
     return op.Swish(found.x, alpha=found.alpha)
 
 
-@swish.emit("ort-cpu")
+@swish.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     return op.microsoft.QuickGelu(found.x, alpha=found.alpha)
 
 
-@logistic.emit("onnx", "ort-cpu")
+@logistic.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     return op.Sigmoid(found.x)
 
 
-@bias_gelu.emit("ort-cpu")
+@bias_gelu.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     return op.microsoft.BiasGelu(found.x, found.bias)
 
 
-@bias_gelu_tanh.emit("ort-cpu")
+@bias_gelu_tanh.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     return op.microsoft.FastGelu(found.x, found.bias)

@@ -50,7 +50,7 @@ def _(found, op):
     return _standard(found, op)
 
 
-@multi_head_attention.emit("ort-cpu")
+@multi_head_attention.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()
@@ -62,7 +62,7 @@ def _(found, op):
     return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, op.additive(found.bias), **heads))
 
 
-@self_attention.emit("ort-cpu")
+@self_attention.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()

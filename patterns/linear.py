@@ -37,7 +37,7 @@ def _columns_first(rank):
     return (rank - 1, *range(rank - 2), rank - 2) if rank > 2 else ()
 
 
-@gemm.emit("onnx", "ort-cpu", last=True)
+@gemm.emit("onnx", "ort-cpu", "ort-cuda", last=True)
 def _(found, op):
     found.require(found.rank == 2, "Gemm multiplies matrices")
     found.require(found.opset >= 7, "below opset 7 Gemm does not broadcast")
@@ -51,7 +51,7 @@ def _(found, op):
     return made
 
 
-@scaled_matmul.emit("ort-cpu", last=True)
+@scaled_matmul.emit("ort-cpu", "ort-cuda", last=True)
 def _(found, op):
     stored = [op.stored(own, _plain, _swapped, _rows_first, _columns_first, keep=2) for own in (found.a, found.b)]
     ranks = [op.rank(operand) for operand, _ in stored]

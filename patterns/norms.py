@@ -53,7 +53,7 @@ def _(node, rank):
     return {"x": node.input(0), "scale": node.input(1), "eps": attribute(node, "epsilon"), "D": count}
 
 
-@layer_norm.emit("onnx", "ort-cpu")
+@layer_norm.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     scale = op.arranged(found.scale) or op.ones("D")
     return op.LayerNormalization(
@@ -61,7 +61,7 @@ def _(found, op):
     )
 
 
-@instance_norm.emit("onnx", "ort-cpu")
+@instance_norm.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(
         found.least("S") > 1, "of one element x - mean(x) is exactly 0, and a x + b with a = scale / sqrt(eps) not"
@@ -70,26 +70,26 @@ def _(found, op):
     return op.InstanceNormalization(op.arranged(found.x), op.arranged(found.scale), bias, epsilon=found.eps)
 
 
-@instance_norm.emit("onnx", "ort-cpu")
+@instance_norm.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     normed = op.InstanceNormalization(op.arranged(found.x), op.ones("C"), op.zeros("C"), epsilon=found.eps)
     scaled = op.Mul(normed, op.before(found.scale, found.count("S")))
     return op.Add(scaled, op.before(found.bias, found.count("S"))) if found.bias else scaled
 
 
-@rms_norm.emit("onnx", "ort-cpu")
+@rms_norm.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     scale = op.arranged(found.scale) or op.ones("D")
     return op.RMSNormalization(op.arranged(found.x), scale, axis=-found.count("D"), epsilon=found.eps)
 
 
-@rms_norm.emit("ort-cpu")
+@rms_norm.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     scale = op.arranged(found.scale) or op.ones("D")
     return op.SimplifiedLayerNormalization(op.arranged(found.x), scale, axis=-found.count("D"), epsilon=found.eps)
 
 
-@skip_layer_norm.emit("ort-cpu")
+@skip_layer_norm.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.rank in (2, 3) and found.count("D") == 1, "the kernel takes (B, S, D) or (S, D)")
     inputs = (found.x, op.broadcast(found.skip), found.scale, found.bias, found.shift)
@@ -97,7 +97,7 @@ def _(found, op):
     return normed, total
 
 
-@skip_rms_norm.emit("ort-cpu")
+@skip_rms_norm.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.rank in (2, 3) and found.count("D") == 1, "the kernel takes (B, S, D) or (S, D)")
     inputs = (found.x, op.broadcast(found.skip), found.scale, found.shift)

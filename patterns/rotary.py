@@ -39,14 +39,14 @@ def _lying(found):
     """
     last = found.rank - 1
     if last < 2:
-        lying = ((), 0 if last else (), last)
-        return lying, lying, False
+        alone = ((), 0 if last else (), last)
+        return alone, alone, False
     read = {axis for axis in range(last) if found.cos.depends(axis) or found.sin.depends(axis)}
     sequence = 1 if 1 in read or last == 2 else last - 1
     found.require(read <= {0, sequence}, "cos and sin are not the same for all heads")
     inside = (0, 1, tuple(range(2, last + 1)))
-    lying = inside if sequence == 1 else (0, tuple(range(1, sequence)), sequence, last)
-    return lying, (0, sequence, last), 0 in read
+    apart = (0, tuple(range(1, sequence)), sequence, last)
+    return inside if sequence == 1 else apart, (0, sequence, last), 0 in read
 
 
 def _rotated(found, op, build):
@@ -107,5 +107,5 @@ def _microsoft(interleaved):
 
 
 for _pattern, _order in ((rotary, 0), (rotary_interleaved, 1), (partial_rotary, 0), (partial_rotary_interleaved, 1)):
-    _pattern.emit("onnx", "ort-cpu")(_standard(_order))
-    _pattern.emit("ort-cpu")(_microsoft(_order))
+    _pattern.emit("onnx", "ort-cpu", "ort-cuda")(_standard(_order))
+    _pattern.emit("ort-cpu", "ort-cuda")(_microsoft(_order))

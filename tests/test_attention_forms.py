@@ -205,3 +205,20 @@ def test_the_standard_operator_reads_shared_heads_once(groups):
     attributes = {a.name: a.i for a in node.attribute}
     assert (attributes["q_num_heads"], attributes["kv_num_heads"]) == (6, groups)
     assert not {"Expand", "Reshape", "Transpose"} & operators(result.model).keys()
+
+
+@pytest.mark.parametrize("opset", [11, 17, 18])
+@pytest.mark.parametrize("case", ["shifted", "not shifted", "another axis"])
+def test_a_softmax_written_out(case, opset):
+    """exp(x - max) / sum(exp(x - max)) is a softmax; without the maximum it overflows, and is another function."""
+    b = Attention(Sizes(4, 4, 4, 4, 4, 4, 16), opset=opset, dynamic=False)
+    q, k, v = b.qkv()
+    scores = b.mul(b.matmul(q, k), 0.4)
+    axis = -2 if case == "another axis" else -1
+    if case != "not shifted":
+        scores = b.sub(scores, b.max_over(scores, (axis,)))
+    power = b.node("Exp", scores)
+    along = {"axes": [-1]} if opset < 13 else {}
+    total = b.node("ReduceSum", power, *([] if along else [np.array([-1])]), keepdims=1, **along)
+    counts = same(b.model(b.merged(b.matmul(b.div(power, total), v))), b.feeds).counts
+    assert bool(counts.get("self_attention")) == (case == "shifted")

@@ -241,6 +241,14 @@ def test_dynamic_sizes_run_at_several_of_them():
         np.testing.assert_allclose(got, rotation(laid, np.cos(angles), np.sin(angles)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_checked_rewrite_runs_both_sides_with_halves_that_are_equal(spelling, source):
+    built = model(spelling, source, passed=2)
+    (match,) = same(built[0], built[1], check=True).matches
+    assert match.checked, match.unchecked
+
+
 def test_cos_and_sin_are_made_once_for_all_layers():
     b = Build(opset=17)
     cos, sin = (b.unsqueeze(cache, [1]) for cache in from_positions(b, ("B", "S"), 4))
@@ -414,6 +422,25 @@ def test_why_names_what_is_unmet():
     b, *outputs = lookalike("unequal angles")
     (place,) = fusion.why(b.model(*outputs), "rotary").places
     assert any(miss.kind == "same value" for miss in place.misses)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("spelling", ["half_pieces", "neighbours_full", "neighbours_pieces"])
+def test_attention_may_read_what_lies_inside_a_rotation(spelling, cast):
+    """Seen from attention, its queries are the parts before they are cast, or merged: it is written first."""
+    b = Build(opset=17)
+    cos, sin = (b.unsqueeze(cache, [1]) for cache in from_positions(b, ("B", "S"), 4))
+    q, k, v = (b.input(name, ["B", 2, "S", 8]) for name in "qkv")
+    q, k = (SPELLINGS[spelling](b, value, cos, sin, 4, [0, 2, -1, 8]) for value in (q, k))
+    if cast:
+        q, k = b.node("Cast", q, to=TensorProto.FLOAT), b.node("Identity", k)
+    scores = b.mul(b.matmul(q, b.transpose(k, perm=[0, 1, 3, 2])), 8**-0.5)
+    attended = b.transpose(b.matmul(b.softmax(scores, axis=-1), v), perm=[0, 2, 1, 3])
+    feeds = {name: numbers(2, 2, 3, 8, seed=seed) for seed, name in enumerate("qkv")}
+    result = same(b.model(b.reshape(attended, [0, 0, 16])), feeds | {"positions": np.array([[0, 1, 2], [7, 8, 11]])})
+    assert result.counts == {name_of(spelling, 0): 2, "multi_head_attention": 1}
+    found = operators(result.model)
+    assert (found["RotaryEmbedding"], found["Sub"], found["Neg"]) == (2, 0, 0)
 
 
 def test_attention_after_a_rotation_is_still_found():

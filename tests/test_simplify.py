@@ -26,7 +26,7 @@ def simplify(model, *feeds, rules=("simplify",)):
     result = fusion.optimize(model, patterns=list(rules))
     assert model.SerializeToString(deterministic=True) == original, "the model that came in was changed"
     if list(rules) == ["simplify"]:
-        simplified(model, result.model)
+        simplified(model, result.model, patterns=["simplify"])
     for feed in feeds:
         bits(run(model, feed), run(result.model, feed))
     assert result.nodes_after <= result.nodes_before
@@ -150,7 +150,7 @@ def test_rearrangements_become_one(opset):
     model = b.model(*map(b.neg, (turned, shaped, spread)))
     result = simplify(model, {"x": numbers(3, 6, 4)}, {"x": numbers(1, 6, 4)}, {"x": numbers(0, 6, 4)})
     assert operators(result.model) == {"Transpose": 1, "Reshape": 1, "Unsqueeze": 1, "Neg": 3}
-    assert result.counts["collapse"] == 3
+    assert result.simplifications["collapse"] == 3
 
 
 def test_a_value_between_that_others_read_stays():
@@ -457,7 +457,7 @@ def test_what_no_output_needs_goes_unless_nobody_knows_what_else_it_does():
     result = fusion.optimize(model, patterns=["dead_code"])
     assert operators(result.model) == {"Neg": 1, "Unknown": 1, "Sigmoid": 1}
     assert not result.model.graph.initializer
-    assert result.counts == {"dead_code": 4}
+    assert result.simplifications == {"dead_code": 4}
 
 
 # The face -----------------------------------------------------------------------------------------------------------
@@ -470,9 +470,9 @@ def redundant():
 
 
 def test_rules_are_chosen_by_name_and_listed(capsys):
-    assert fusion.optimize(redundant(), patterns=["gelu"]).counts == {}
-    assert fusion.optimize(redundant(), patterns=["identity"]).counts == {"identity": 1}
-    assert fusion.optimize(redundant()).counts == {"common_subexpression": 1, "identity": 1}
+    assert fusion.optimize(redundant(), patterns=["gelu"]).simplifications == {}
+    assert fusion.optimize(redundant(), patterns=["identity"]).simplifications == {"identity": 1}
+    assert fusion.optimize(redundant()).simplifications == {"common_subexpression": 1, "identity": 1}
     with pytest.raises(PatternError, match="did you mean 'identity'"):
         fusion.optimize(redundant(), patterns=["identiti"])
     with pytest.raises(PatternError, match="identity: a simplification has no formula"):

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from fusion import registry
+import fusion
+from fusion import registry, targets
 from fusion.errors import TargetError
+from fusion.language import erf, pattern
 from fusion.registry import NEWEST, Kernel, Schema
-from fusion.targets import Target, target_named, target_names
+from fusion.targets import Target, add_target, target_named, target_names
 
 ort = pytest.importorskip("onnxruntime")
 
+MODELS = Path(__file__).parent / "models"
 FLOAT, HALF, DOUBLE, BFLOAT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16
 INT32, INT64, BOOL = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
 TYPES = (FLOAT, HALF, DOUBLE, BFLOAT, INT64, INT32, BOOL)
@@ -111,13 +117,29 @@ def test_the_snapshot_says_what_the_runtime_says(case: tuple) -> None:
 
 @pytest.mark.skipif(ort.__version__ != registry.snapshot().version, reason="the snapshot is of another onnxruntime")
 def test_the_snapshot_is_what_its_tool_writes() -> None:
+    tool = snapshot_tool()
+    assert tool.snapshot(registry.Installed()) == tool.PACKAGED.read_text("utf-8")
+
+
+def snapshot_tool() -> ModuleType:
     path = Path(__file__).parents[1] / "tools" / "snapshot_kernels.py"
     spec = importlib.util.spec_from_file_location("snapshot_kernels", path)
     assert spec is not None
     assert spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    assert tool.snapshot(registry.Installed()) == tool.PACKAGED.read_text("utf-8")
+    return tool
+
+
+def test_listed_kernels_say_what_the_provider_says() -> None:
+    """Written down and read again, those of the CPU: the same way as those for CUDA."""
+    text = snapshot_tool().listed(registry.Installed(), "CPUExecutionProvider")
+    listed = Target("listed", "CPUExecutionProvider", lambda: registry.Listed(json.loads(text), "CPUExecutionProvider"))
+    for op, domain, opset, shapes, _ in OPERATORS:
+        for data_type in TYPES:
+            inputs = [None if shape is None else data_type for shape in shapes]
+            route = CPU.route(op, domain, opset, inputs)
+            assert listed.route(op, domain, opset, inputs) == (route if route == "kernel" else None), (op, data_type)
 
 
 def test_without_onnxruntime_the_snapshot_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +224,112 @@ def test_inputs_that_repeat_may_be_many_and_of_their_own_types() -> None:
     assert CPU.refuses("Concat", "", 13, [FLOAT] * 9) is None
     assert CPU.refuses("Concat", "", 13, [FLOAT] * 8 + [HALF]) is not None
     assert CPU.refuses("Loop", "", 16, [INT64, BOOL, FLOAT, INT64]) is None
+
+
+# -- CUDA, as written down ---------------------------------------------------------------------------------------------
+
+CUDA = target_named("ort-cuda")
+
+
+def test_kernels_for_cuda_are_known_without_cuda() -> None:
+    assert CUDA.route("BiasGelu", "com.microsoft", 1, [HALF, HALF]) == "kernel"
+    assert CUDA.route("LayerNormalization", "", 17, [HALF, HALF]) == "kernel"
+    assert CUDA.route("Attention", "", 24, [BFLOAT] * 3) == "kernel"
+    assert "has no CUDA kernel for Swish" in str(CUDA.refuses("Swish", "", 24, [FLOAT]))
+    assert "has no CUDA kernel for GroupQueryAttention" in str(
+        CUDA.refuses("GroupQueryAttention", "com.microsoft", 1, [FLOAT] * 5 + [INT32] * 2)
+    )
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.onnx")), ids=lambda path: path.stem)
+def test_what_is_written_for_cuda_computes_the_same(path: Path) -> None:
+    """On the CPU, by the kernels that the same operators have there."""
+    result = fusion.optimize(path, target="ort-cuda")
+    assert fusion.verify(path, result.model, runs=2).equal
+    written = [operator for match in result.matches for operator in match.operators]
+    assert result.counts == fusion.optimize(path).counts, written
+
+
+def test_a_build_that_crashes_when_asked_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess[bytes]([], -11)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["TensorrtExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(registry.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(ImportError, match="without the libraries"):
+        registry.Installed()
+
+
+# -- targets of others ------------------------------------------------------------------------------------------------
+
+NPU = {
+    "label": "the NPU's compiler 2.1",
+    "newest_opset": 21,
+    "types": ["float float16"],
+    "kernels": {
+        "LayerNormalization": [[17, 0, {"T": "float"}]],
+        "Gelu": [[20, 0, {"T": 0}]],
+        "npu::Erf": [[1, 0, {"T": 0}]],
+    },
+}
+
+
+@pytest.fixture
+def npu(monkeypatch: pytest.MonkeyPatch) -> Target:
+    monkeypatch.setattr(targets, "_targets", dict(targets._targets))
+    return add_target("npu", NPU, like="onnx")
+
+
+def test_a_target_is_data(npu: Target, tmp_path: Path) -> None:
+    assert target_named("npu") is npu
+    assert npu.newest_opset == 21
+    assert npu.route("LayerNormalization", "", 17, [FLOAT, FLOAT]) == "kernel"
+    assert npu.refuses("LayerNormalization", "", 17, [HALF, HALF]) == (
+        "the NPU's compiler 2.1 has no npu kernel for LayerNormalization (opset 17) with float16"
+    )
+    assert npu.refuses("Erf", "npu", 1, [HALF]) is None
+    assert npu.refuses("Erf", "npu", 1, [DOUBLE]) is not None
+    assert npu.refuses("Tanh", "npu", 1, [HALF]) == "the NPU's compiler 2.1 does not know npu::Tanh"
+    (tmp_path / "npu.json").write_text(json.dumps(NPU))
+    assert add_target("npu", tmp_path / "npu.json").route("Erf", "npu", 1, [HALF]) == "kernel"
+
+
+def test_patterns_are_written_for_it(npu: Target) -> None:
+    @pattern(x="...")
+    def twice(x):
+        return erf(erf(x))
+
+    @twice.emit("npu")
+    def _(found, op):
+        return op.of("npu").Erf(found.x)
+
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        g (float[n] x) => (float[n] y) { e = Erf(x) y = Erf(e) }""")
+    result = fusion.optimize(model, target="npu", patterns=[twice])
+    assert [(node.domain, node.op_type) for node in result.model.graph.node] == [("npu", "Erf")]
+    assert {opset.domain: opset.version for opset in result.model.opset_import} == {"": 17, "npu": 1}
+
+
+def test_it_takes_the_emissions_of_the_target_it_is_like(npu: Target) -> None:
+    model = onnx.parser.parse_model("""<ir_version: 9, opset_import: ["": 20]> g (float[n] x) => (float[n] y)
+        <float root = {1.41421356}, float one = {1}, float half = {0.5}>
+        { d = Div (x, root) e = Erf (d) a = Add (e, one) m = Mul (x, a) y = Mul (m, half) }""")
+    assert fusion.optimize(model, target="npu").matches[0].operators == ("Gelu",)
+
+
+def test_a_target_may_come_with_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "_targets", dict(targets._targets))
+    plugin = SimpleNamespace(load=lambda: add_target("npu", NPU))
+    monkeypatch.setattr(targets, "entry_points", lambda group: [plugin] if group == targets.PLUGINS else [])
+    assert target_named("npu").name == "npu"
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {**NPU, "kernels": {"Erf": [[1]]}}, {**NPU, "kernels": {"Erf": [[1, 0, {"T": 7}]]}}]
+)
+def test_data_that_cannot_be_read_is_refused(data: dict) -> None:
+    with pytest.raises(TargetError, match="the kernels of the target 'broken' cannot be read"):
+        add_target("broken", data)
+    with pytest.raises(TargetError, match="'ort-cup' is unknown"):
+        add_target("broken", NPU, like="ort-cup")
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Write docs/gallery/index.md: every pattern of the library, with its formula, captures, operators and source.
+"""Write docs/gallery/: every pattern of the library, and what it becomes on every target.
 
 python tools/gallery.py            # write it
 python tools/gallery.py --check    # exit 1 where it is not up to date
@@ -11,27 +11,83 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from types import FunctionType
 
+from onnx import TensorProto
+
+from fusion import registry
 from fusion.api import library
 from fusion.language import Capture, Pattern
+from fusion.targets import Target, target_named
 
-PAGE = Path(__file__).parents[1] / "docs" / "gallery" / "index.md"
+FOLDER = Path(__file__).parents[1] / "docs" / "gallery"
 HEAD = """# The gallery of patterns
 
 Every pattern of the library. Written by `tools/gallery.py`; change the patterns, not this page.
 [The language](../language.md) says how to read them.
 
 """
+TARGETS = ("onnx", "ort-cpu", "ort-cuda")
+TYPES = {"float": TensorProto.FLOAT, "half": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+TARGETS_HEAD = """# What patterns become, target by target
+
+Written by `tools/gallery.py`; [targets](../targets.md) says what a target is, and why an operator was chosen. Where a
+cell lists several, they are tried in that order. *From 20* is the opset of the standard operators that the operator
+comes with. The types are those among float, half and bfloat16 that have a kernel, with the runtime whose kernels the
+package has on file: onnxruntime {cpu} on the CPU and {cuda} with CUDA. At work the installed one is asked.
+
+"""
 KINDS = {"tensor": "tensor", "optional": "tensor, may be absent", "rest": "everything else in the sum"}
 OPERATOR = re.compile(r"\bop\.((?:microsoft\.)?[A-Z]\w*)\(")
 
 
+def pages() -> dict[str, str]:
+    """The pages by name, as Markdown."""
+    return {"index.md": page(), "targets.md": targets_page()}
+
+
 def page() -> str:
-    """The page, as Markdown."""
+    """The page of patterns."""
     patterns = library().values()
     rows = [f"| [{p.name}](#{p.name}) | {_first_line(p)} | {', '.join(p.targets) or 'none'} |" for p in patterns]
     index = ["| pattern | what it computes | targets |", "|---|---|---|", *rows]
     return HEAD + "\n".join(index) + "\n\n" + "\n".join(_section(pattern) for pattern in patterns)
+
+
+def targets_page() -> str:
+    """The table of patterns by targets, as Markdown."""
+    cpu, cuda = registry.snapshot().label.split()[-1], registry.cuda_snapshot().label.split()[-1]
+    rows = [
+        f"| [{p.name}](index.md#{p.name}) | {' | '.join(_cell(p, target) or '–' for target in TARGETS)} |"
+        for p in library().values()
+        if p.emissions
+    ]
+    header = [f"| pattern | {' | '.join(TARGETS)} |", "|---" * (len(TARGETS) + 1) + "|"]
+    return TARGETS_HEAD.format(cpu=cpu, cuda=cuda) + "\n".join([*header, *rows]) + "\n"
+
+
+def _cell(pattern: Pattern, target: str) -> str:
+    found = [
+        _need(name, target)
+        for emission in pattern.emissions
+        if target in emission.targets
+        for name in _operators(emission.build)
+    ]
+    return "<br>".join(dict.fromkeys(found))
+
+
+def _need(name: str, target: str) -> str:
+    """An operator with the opset that brought it and the types that have a kernel."""
+    domain, _, op = name.rpartition(".")
+    known = {"onnx": registry.standard, "ort-cpu": registry.snapshot, "ort-cuda": registry.cuda_snapshot}[target]()
+    aim = Target(target, target_named(target).provider, lambda: known)
+    versions, standard = known.versions(op, domain), registry.standard().versions(op, domain)
+    since = min(set(versions) & set(standard), default=min(versions))
+    inputs = max(versions[since].required, 1)
+    types = [short for short, kind in TYPES.items() if aim.route(op, domain, since, [kind] * inputs) == "kernel"]
+    words = [f"from {since}"] if standard else []
+    words += [", ".join(types) or "no kernel"] if target != "onnx" else []
+    return f"`{name}`" + (f" ({'; '.join(words)})" if words else "")
 
 
 def _section(pattern: Pattern) -> str:
@@ -59,9 +115,13 @@ def _source(pattern: Pattern) -> str:
     return textwrap.dedent(inspect.getsource(pattern.function))
 
 
-def _operators(build: object) -> list[str]:
-    """The operators that an emission names, as it names them."""
-    names = OPERATOR.findall(inspect.getsource(build))  # type: ignore[arg-type]
+def _operators(build: FunctionType) -> list[str]:
+    """The operators that an emission names, itself or by a function of its file."""
+    names = OPERATOR.findall(inspect.getsource(build))
+    for name in build.__code__.co_names:
+        helper = build.__globals__.get(name)
+        if isinstance(helper, FunctionType) and helper.__module__ == build.__module__:
+            names += _operators(helper)
     return [name.replace("microsoft.", "com.microsoft.") for name in dict.fromkeys(names)]
 
 
@@ -80,14 +140,14 @@ def _kind(capture: Capture) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page, or say whether it is up to date."""
-    text = page()
+    """Write the pages, or say whether they are up to date."""
+    texts = {FOLDER / name: text for name, text in pages().items()}
     if arguments == ["--check"]:
-        fresh = PAGE.exists() and PAGE.read_text() == text
-        print(f"{PAGE.name} is up to date" if fresh else "out of date: run python tools/gallery.py")
+        fresh = all(path.exists() and path.read_text() == text for path, text in texts.items())
+        print("the gallery is up to date" if fresh else "out of date: run python tools/gallery.py")
         return 0 if fresh else 1
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(text)
+    for path, text in texts.items():
+        path.write_text(text)
     return 0
 
 

@@ -2,26 +2,30 @@
 """Write down what the installed onnxruntime registers, for machines that have none.
 
     python tools/snapshot_kernels.py [OUT.json]
+    python tools/snapshot_kernels.py --cuda [OUT.json]     # needs a CUDA build that can load its providers
 
-The default is the file in the package. Only operators of the standard and of com.microsoft are kept. For operators
-without a kernel of their own for a floating type the runtime itself is asked whether it loads them all the same.
+The defaults are the files in the package. Only operators of the standard and of com.microsoft are kept. For operators
+without a kernel of their own for a floating type the runtime itself is asked whether it loads them all the same; for
+CUDA only the kernels are written.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fusion import registry
-from fusion.registry import FLOATING, NEWEST, Installed, Schema
+from fusion.registry import FLOATING, NEWEST, Installed, Kernel, Schema
 from fusion.targets import target_named
 
 DOMAINS = ("", "com.microsoft")
 CPU = target_named("ort-cpu")
 OLDEST = 7  # onnxruntime promises nothing below
-PACKAGED = Path(registry.__file__).parent / "data" / registry.SNAPSHOT
+DATA = Path(registry.__file__).parent / "data"
+PACKAGED, PACKAGED_CUDA = DATA / registry.SNAPSHOT, DATA / registry.CUDA_KERNELS
 
 
 class Types:
@@ -109,10 +113,47 @@ def _loads(installed: Installed, domain: str, op: str, data_type: int) -> list[l
     return ranges
 
 
+def listed(installed: Installed, provider: str) -> str:
+    """Return a provider's kernels as JSON, as `registry.Listed` reads it, one operator per line."""
+    sets: dict[str, int] = {}
+    lines = []
+    for domain, op in installed.operators():
+        kernels = _joined(installed.kernels(op, domain, provider)) if domain in DOMAINS else []
+        written = [
+            [first, 0 if last == NEWEST else last, {name: sets.setdefault(kinds, len(sets)) for name, kinds in own}]
+            for first, last, own in kernels
+        ]
+        if written:
+            name = f"{domain}::{op}" if domain else op
+            lines.append(f"{json.dumps(name)}:{json.dumps(written, separators=(',', ':'))}")
+    head = {"label": installed.label, "newest_opset": installed.newest_opset}
+    types = json.dumps(list(sets), indent=0)
+    return f'{json.dumps(head)[:-1]},\n"types":{types},\n"kernels":{{\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def _joined(kernels: Iterable[Kernel]) -> list[tuple[int, int, list[tuple[str, str]]]]:
+    """Return kernels as lists of types; those that differ only in the types of one variable are one."""
+    found: list[tuple[int, int, dict[str, frozenset[str]]]] = []
+    for kernel in kernels:
+        for first, last, own in found:
+            differing = [name for name in own if own[name] != kernel.types.get(name)]
+            if (first, last, set(own)) == (kernel.first, kernel.last, set(kernel.types)) and len(differing) < 2:
+                own.update({name: own[name] | kernel.types[name] for name in differing})
+                break
+        else:
+            found.append((kernel.first, kernel.last, dict(kernel.types)))
+    short = lambda kinds: " ".join(sorted(kind[len("tensor(") : -1] for kind in kinds if kind.startswith("tensor(")))  # noqa: E731
+    return [
+        (first, last, [(name, short(own[name])) for name in sorted(own)])
+        for first, last, own in sorted(found, key=lambda k: k[:2])
+    ]
+
+
 def main() -> None:
     """Write the snapshot."""
-    destination = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGED
-    text = snapshot(Installed())
+    cuda, given = "--cuda" in sys.argv, [Path(argument) for argument in sys.argv[1:] if argument != "--cuda"]
+    destination = given[0] if given else PACKAGED_CUDA if cuda else PACKAGED
+    text = listed(Installed(), registry.CUDA) if cuda else snapshot(Installed())
     destination.write_text(text, "utf-8")
     print(f"{destination}: {len(text):,} bytes")
 

@@ -2,7 +2,7 @@
 
 * `Where(IsNaN(p), 0, p)` gives 0 instead of NaN in rows that are masked everywhere.
 * `Where(mask, 0, p)` gives 0 where the mask hides, also in rows that are masked everywhere.
-* `x - max(x)` before a softmax changes nothing but the rounding.
+* `x - max(x)` before a softmax changes nothing but the rounding; a softmax may be written out with it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from onnx import TensorProto
 
 from fusion.laws import reduction
+from fusion.schema import attribute, axes
 from fusion.spell_layout import arrange
 
 if TYPE_CHECKING:
@@ -39,6 +40,31 @@ def replaced(node: Node) -> tuple[Value, Value] | None:
     if value is None or other is None or test is None or test.op != "IsNaN" or test.inputs[0] is not value:
         return None
     return value, other
+
+
+def written_out(node: Node, facts: Facts) -> tuple[Value, int] | None:
+    """(x, axis) where `node` is exp(x - max(x)) / sum(exp(x - max(x))), a softmax written out; else None.
+
+    Without the maximum it is another function: it overflows.
+    """
+    if node.key != "Div" or node.inputs[0] is None or node.inputs[1] is None:
+        return None
+    power, total = node.inputs[0].producer, node.inputs[1].producer
+    shifted = power.inputs[0] if power is not None and power.key == "Exp" else None
+    if total is None or shifted is None or total.inputs[0] is not node.inputs[0] or shifted.producer is None:
+        return None
+    over = _reduced(total, "ReduceSum", facts)
+    x, maximum = shifted.producer.inputs[0], shifted.producer.input(1)
+    largest = maximum.producer if maximum is not None else None
+    if shifted.producer.key != "Sub" or x is None or largest is None or largest.inputs[0] is not x or over is None:
+        return None
+    return (x, over) if _reduced(largest, "ReduceMax", facts) == over else None
+
+
+def _reduced(node: Node, operator: str, facts: Facts) -> int | None:
+    """The one axis that a reduction of this operator runs over and keeps."""
+    along = axes(node, facts) if node.key == operator and attribute(node, "keepdims") != 0 else None
+    return along[0] if along is not None and len(along) == 1 else None
 
 
 def zeroed(node: Node, ref: Ref, view: View) -> tuple[Ref, Ref, bool] | None:
