@@ -35,8 +35,10 @@ from fusion.terms import (
     Reduce,
     Ref,
     Sum,
+    leaf,
     multiply,
     number,
+    power,
     recut,
     references,
 )
@@ -232,10 +234,40 @@ class Matcher:
         if scalar is None and len(formulas) == 1 and not variables and given.coef != 1.0:
             given = _distribute(formulas[0], given)
         free = scalar is not None and scalar[0] not in state.bound
+        whole = False
         for found, scale in self._formulas(formulas, list(given.factors), given.coef, context, state, free, place):
             rest, matched = found
             for done in self._variables(variables, rest, context, matched, place):
-                yield from self._coefficient(term.coef, scalar, given.coef * scale, done, place)
+                for finished in self._coefficient(term.coef, scalar, given.coef * scale, done, place):
+                    whole = whole or finished.misses is state.misses
+                    yield finished
+        if not whole and scalar is None and (opened := self._opened(given)) is not None:
+            yield from self.product(term, opened, context, state, place)
+
+    def _opened(self, given: Prod) -> Prod | None:
+        """The product with the numbers of its shared factors taken out; None where none of them has one.
+
+        In h + h erf(x) with h = x / 2, the number of the product is in h.
+        """
+        numbered = [self._behind(atom) for atom, _ in given.factors]
+        if not any(numbered):
+            return None
+        parts = [number(given.coef)]
+        for (atom, exponent), behind in zip(given.factors, numbered, strict=True):
+            inner = leaf(atom) if behind is None else Prod(behind[1], ((behind[0], 1.0),))
+            parts.append(power(inner, exponent) or Prod(1.0, ((atom, exponent),)))
+        return multiply(*parts)
+
+    def _behind(self, atom: Atom) -> tuple[Ref, float] | None:
+        """The value that a factor is a number of times, and the number; None where it is no multiple."""
+        if not isinstance(atom, Ref) or atom.value.producer is None:
+            return None
+        found = linear.behind(atom.value.producer, atom, self.view)
+        if found is None:
+            return None
+        ref, coef = self.view.peel(found[0]).ref, found[1]
+        inner = self._behind(ref)
+        return (ref, coef) if inner is None else (inner[0], coef * inner[1])
 
     def _factors_of(self, factors: Factors) -> _Factors:
         known = self._products.get(id(factors))
@@ -791,7 +823,8 @@ class Matcher:
             value = self._addend(item, scale * coef)
             if value is None:
                 single = Prod(1.0, item.factors).single
-                value = single if isinstance(single, Ref) else item.origin
+                behind = self._behind(single)
+                value = behind[0] if behind is not None else single if isinstance(single, Ref) else item.origin
                 states = self.miss(state, "constant", f"{scale * coef:g} * {name}", describe_item(item), 1, place)
             if value is None:
                 continue
@@ -810,6 +843,9 @@ class Matcher:
         if item.origin is not None and self._close(item.share, share):
             return item.origin
         single = Prod(1.0, item.factors).single
+        behind = self._behind(single)
+        if behind is not None and self._close(item.coef * behind[1], share):
+            return behind[0]
         return single if isinstance(single, Ref) and self._close(item.coef, share) else None
 
     def _constant(self, term: Sum, found: float, scale: float, state: State, place: str) -> Iterator[State]:

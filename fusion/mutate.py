@@ -288,7 +288,7 @@ KINDS: Mapping[str, tuple[Callable[[_Change], str], frozenset[str]]] = {
     "constant": (_constant, frozenset({"constant", "operator"})),
     "operator": (_operator, frozenset({"operator", "constant", "arity"})),
     "attribute": (_attribute, frozenset({"attribute", "dimension", "constant", "same value"})),
-    "order": (_order, frozenset({"operator", "constant", "arity", "dimension", "attribute"})),
+    "order": (_order, frozenset({"operator", "constant", "arity", "dimension", "attribute", "same value"})),
     "value": (_value, frozenset({"same value", "operator", "arity"})),
     "dimension": (_dimension, frozenset({"dimension", "arity", "constant"})),
     "shape": (_shape, frozenset({"dimension"})),

@@ -142,9 +142,9 @@ class Speller:
         """Whether an atom is a capture, or written already: using it twice computes nothing twice."""
         return isinstance(atom, p.Var | Done)
 
-    def done(self, atom: Atom) -> Atom:
-        """The atom, written now, so that it is computed once wherever it is used."""
-        return Done(self.atom(atom)[0])
+    def done(self, term: Prod) -> Atom:
+        """The term, written now, so that it is computed once wherever it is used."""
+        return Done(self.value(term, flat=True))
 
     def variable_of(self, item: Item) -> Written | None:
         """The value of a summand that is a capture alone."""

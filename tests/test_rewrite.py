@@ -49,6 +49,15 @@ def test_an_interior_value_that_is_a_graph_output_blocks_the_match(interior):
         assert misses(result, "gelu") == [("privacy", f"{values[interior]} inside the region is a graph output")]
 
 
+@pytest.mark.parametrize("half", ["mul", "div"])
+def test_a_number_of_the_formula_may_be_in_a_value_that_it_uses_twice(half):
+    b = Build()
+    x = b.input("x", ["B", "S", 5])
+    h = b.mul(x, 0.5) if half == "mul" else b.div(x, 2.0)
+    result = same(b.model(b.add(h, b.mul(h, b.erf(b.div(x, 2.0**0.5))))), FEED)
+    assert operators(result.model) == {"Gelu": 1}
+
+
 @pytest.mark.parametrize("interior", INTERIOR)
 def test_an_interior_value_with_a_second_consumer_blocks_the_match(interior):
     b = Build()

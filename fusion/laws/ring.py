@@ -149,12 +149,14 @@ def _distributable(term: Prod, speller: Speller) -> Sum | None:
 
 
 def _distribute(term: Prod, inner: Sum, speller: Speller) -> Written:
-    """f (a + b) as f a + f b; a factor that is a formula is computed once."""
+    """f (a + b) as f a + f b; a factor that is a formula is computed once, now and then with its number."""
     others: list[tuple[Atom, float]] = []
     for atom, exponent in term.factors:
         if atom is not inner:
-            others.append((atom, exponent) if speller.is_variable(atom) else (speller.done(atom), exponent))
+            others.append((atom, exponent) if speller.is_variable(atom) else (speller.done(leaf(atom)), exponent))
     coef = term.coef
+    if others and coef != 1.0 and speller.draw.chance(3):
+        others, coef = [(speller.done(Prod(coef, tuple(others))), 1.0)], 1.0
     items = [Item(coef * item.coef, _merged(others, item.factors)) for item in inner.items]
     if inner.const != 0.0:
         items.append(Item(coef * inner.const, tuple(others)))
