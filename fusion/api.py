@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fusion.diff import Diff, diff
 from fusion.errors import FusionError, PatternError
+from fusion.explain import Explainer
 from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
 from fusion.model import load, save
@@ -209,7 +210,8 @@ def optimize(
         timings["simplify"] = _rewrite(rewriter, Simplifier(graph, rewriter.facts, rules, outcome.rewritten))
         timings.update(outcome.seconds)
         with timed("explain"):
-            near = [*outcome.near, *_explained(rewriter, NEAR_MISSES, {miss.root for miss in outcome.near})]
+            known = {miss.root for miss in outcome.near}
+            near = [*outcome.near, *_explained(Explainer(rewriter), NEAR_MISSES, known)]
         after = sum(1 for _ in graph.nodes())
         with timed("save"):
             graph.commit()
@@ -228,15 +230,17 @@ def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target
     Raises:
         ModelError, TargetError, PatternError: as `optimize` does.
     """
-    return [place for place in _matches(_rewriter(source, patterns, target)) if place.verdict is Verdict.YES]
+    rewriter = _rewriter(source, patterns, target)
+    return [place for place in _matches(rewriter, Explainer(rewriter)) if place.verdict is Verdict.YES]
 
 
 def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort-cpu") -> Explanation:
     """Where a pattern matches in a model and, for every place where it nearly does, what keeps it from it."""
     rewriter = _rewriter(source, None if pattern is None else [pattern], target)
-    places = _matches(rewriter)
+    explainer = Explainer(rewriter)
+    places = _matches(rewriter, explainer)
     matched = {place.root for place in places}
-    for near in _explained(rewriter, None, matched):
+    for near in _explained(explainer, None, matched):
         places.append(Place(near.pattern, near.root, verdict_of(near.misses), near.misses))
     return Explanation(places)
 
@@ -271,32 +275,31 @@ def _rewriter(source: Any, patterns: Iterable[Pattern | str] | None, target: str
     return Rewriter(Graph(load(source)), chosen, aim)
 
 
-def _matches(rewriter: Rewriter) -> list[Place]:
-    return [
-        Place(
-            candidate.plan.pattern.name,
-            candidate.root.name,
-            verdict_of(misses) if misses else Verdict.YES,
-            misses,
-            tuple(node.label for node in candidate.region.core),
-        )
-        for candidate, misses in rewriter.found()
-    ]
+def _matches(rewriter: Rewriter, explainer: Explainer) -> list[Place]:
+    places: list[Place] = []
+    for candidate, unmet in rewriter.found():
+        pattern, root = candidate.plan.pattern, candidate.root
+        if not unmet:
+            explainer.covered.update(candidate.region.core)
+        # What is refused may be what was left of a larger match that others read.
+        misses = (*unmet, *explainer.privacy(pattern, root)) if unmet else ()
+        verdict = verdict_of(misses) if misses else Verdict.YES
+        nodes = tuple(node.label for node in candidate.region.core)
+        places.append(Place(pattern.name, root.name, verdict, misses, nodes))
+    return places
 
 
-def _explained(rewriter: Rewriter, limit: int | None, known: set[str]) -> list[NearMiss]:
-    """The nearest misses around anchors, those that are nearer to the pattern than to nothing."""
+def _explained(explainer: Explainer, limit: int | None, known: set[str]) -> list[NearMiss]:
+    """The nearest misses around anchors; with a limit, only around so many that are of the pattern."""
     found: dict[tuple[str, str], NearMiss] = {}
-    for plan in rewriter.plans:
+    for plan in explainer.rewriter.plans:
         if limit is not None and plan.pattern.is_last:
             continue  # any product is nearly one of these
-        for anchor in rewriter.anchors(plan)[:limit]:
-            near = rewriter.explain(plan, anchor)
-            if near is None or near.root in known or near.unmet * 2 > near.weight:
-                continue
-            key = (near.pattern, near.root)
-            if key not in found or near.unmet < found[key].unmet:
-                found[key] = near
+        for anchor in explainer.anchors(plan) if limit is None else explainer.rewriter.anchors(plan)[:limit]:
+            for near in explainer.explain(plan, anchor):
+                key = (near.pattern, near.root)
+                if near.root not in known and (key not in found or near.unmet < found[key].unmet):
+                    found[key] = near
     return list(found.values())
 
 

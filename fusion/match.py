@@ -19,15 +19,29 @@ from fusion.congruence import same
 from fusion.describe import describe, describe_item, spell_dims
 from fusion.graph import Node, Value
 from fusion.language import letters_of
-from fusion.laws import guards, linear, ring
+from fusion.laws import guards, linear, reduction, ring
 from fusion.layout import Layout
-from fusion.plan import Plan
+from fusion.plan import SPELLINGS, UNARY, Plan, alike
 from fusion.schema import attribute, extra_attributes
 from fusion.spine import Spine
 from fusion.state import Context, Entry, Miss, State
-from fusion.terms import Atom, Contract, Factors, Group, Item, Prod, Reduce, Ref, Sum, recut, references
+from fusion.terms import (
+    Atom,
+    Contract,
+    Factors,
+    Group,
+    Item,
+    Prod,
+    Reduce,
+    Ref,
+    Sum,
+    multiply,
+    number,
+    recut,
+    references,
+)
 from fusion.verdict import Verdict
-from fusion.view import View
+from fusion.view import MERGED, View
 
 K = TypeVar("K", Reduce, Contract)
 
@@ -36,7 +50,12 @@ TOLERANCE: dict[int, float] = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 
 
 LOOSEST = max(TOLERANCE.values())
 
-RECORD_STEPS = 4000
+ELEMENTWISE = MERGED | UNARY | ring.LIKE_SUMS
+
+FAR = 8
+"""How much may be unmet in what is explained."""
+
+RECORD_STEPS = 400
 """How far a recording search goes on one anchor; explanations need not be exhaustive."""
 
 
@@ -87,14 +106,16 @@ class Matcher:
         view: the graph as terms.
         plan: what to match.
         record: note unmet obligations and go on.
+        limit: the weight of what may be unmet; by default that of the plan.
     """
 
-    def __init__(self, view: View, plan: Plan, *, record: bool = False) -> None:
+    def __init__(self, view: View, plan: Plan, *, record: bool = False, limit: int | None = None) -> None:
         self.view = view
         self.plan = plan
         self.record = record
         self.steps = 0
         self.axes = Axes(plan)
+        self.most = plan.weight if limit is None else limit
         self.limit = 0
         self._root: Value | None = None
         self._tolerance = 0.0
@@ -106,26 +127,25 @@ class Matcher:
         """Yield the ways the plan matches at `value`: its reference with the axes split as the result names them."""
         root = self.view.root(value)
         self._root, self._tolerance = value, 0.0
-        self.steps, self.limit = 0, self.plan.weight
+        self.steps, self.limit = 0, self.most
         if root is None:
-            state = State({}, {}, {})
-            for missed in self.miss(
-                state,
-                "dimension",
-                "a known rank",
-                f"{value.name} has none",
-                self.plan.weight,
-                value.name,
-                Verdict.UNKNOWN,
-            ):
-                yield Ref(value, Layout.identity(())), missed
+            yield from self._illegible(value, Layout.identity(()), "a known rank", f"{value.name} has none")
             return
+        legible = False
         for ref, letters in self.axes.split(root, self.view):
+            legible = True
             self.axes.rank = len(ref.layout.axes)
             start = State({}, letters, {})
             for state in self.child(self.plan.root, ref, {}, start):
                 self.limit = min(self.limit, state.unmet)
                 yield ref, state
+        if not legible:
+            yield from self._illegible(value, root.layout, f"axes {spell_dims(self.plan.dims)}", "no such seams")
+
+    def _illegible(self, value: Value, layout: Layout, expected: str, found: str) -> Iterator[tuple[Ref, State]]:
+        """A fact is missing without which nothing can be said of the result."""
+        for missed in self.miss(State({}, {}, {}), "dimension", expected, found, 1, value.name, Verdict.UNKNOWN):
+            yield Ref(value, layout), missed
 
     # -- obligations ------------------------------------------------------------------------------------------------
 
@@ -143,12 +163,13 @@ class Matcher:
         if not self.record:
             return
         self.steps += 1
-        if self.steps > RECORD_STEPS or state.unmet + weight > self.limit:
-            return
-        missed = state.copy()
-        text = f"expected {expected}, found {found}"
-        missed.misses = (*state.misses, Miss(kind, text, verdict, max(weight, 1), place))
-        yield missed
+        note = Miss(kind, f"expected {expected}, found {found}", verdict, max(weight, 1), place)
+        if note in state.misses:  # where a formula uses something twice, it is wrong once
+            yield state
+        elif self.steps <= RECORD_STEPS and state.unmet + note.weight <= self.limit:
+            missed = state.copy()
+            missed.misses = (*state.misses, note)
+            yield missed
 
     def _close(self, expected: float, found: float) -> bool:
         if expected == found:
@@ -196,7 +217,18 @@ class Matcher:
         formulas, variables, scalar, *_ = parts = self._factors_of(term.factors)
         if not self.record and not _may_fit(parts, given.factors):
             return
+        if self.record and (spread := _spread(term)) is not None:
+            whole = given.single
+            ways: Iterator[tuple[State, float]] = iter(())
+            if isinstance(whole, Sum):
+                ways = self.sum(spread, whole, context, state, place)
+            elif isinstance(whole, Ref):
+                ways = self._no_sum(spread, whole, context, state)
+            for matched, scale in ways:
+                yield from self._coefficient(1.0, None, scale, matched, place)
         self._place = place or self._place
+        if self.record and formulas:
+            yield from self._unknown(term, given, state, place)
         if scalar is None and len(formulas) == 1 and not variables and given.coef != 1.0:
             given = _distribute(formulas[0], given)
         free = scalar is not None and scalar[0] not in state.bound
@@ -252,21 +284,51 @@ class Matcher:
                 continue
             remaining = given[:index] + given[index + 1 :]
             for matched, scale in self.atom(atom, candidate, context, state, free):
-                found = True
-                try:
-                    share = scale**exponent
-                except (ZeroDivisionError, OverflowError):
-                    continue
-                if isinstance(share, complex):
-                    continue
-                for rest, more in self._formulas(others, remaining, coef, context, matched, free, place):
-                    yield rest, share * more
+                found = found or matched.misses is state.misses
+                share = _power(scale, exponent)
+                states: Iterator[State] = iter((matched,))
+                if share is None:
+                    states = self.miss(matched, "constant", describe(atom, exponent), f"{scale:g} times", 1, place)
+                for current in states:
+                    for rest, more in self._formulas(others, remaining, coef, context, current, free, place):
+                        yield rest, (1.0 if share is None else share) * more
         if self.record and not found:
+            for index, (candidate, own) in enumerate(given):
+                remaining = given[:index] + given[index + 1 :]
+                for matched, scale in self._nearly(atom, exponent, candidate, own, context, state, free):
+                    for rest, more in self._formulas(others, remaining, coef, context, matched, free, place):
+                        yield rest, (_power(scale, exponent) or 1.0) * more
             kinds = ", ".join(describe(candidate, own) for candidate, own in given) or f"the number {coef:g}"
             lost = p.weight(Prod(1.0, ((atom, exponent),)))
             for missed in self.miss(state, "operator", describe(atom, exponent), kinds, lost, place):
                 for rest, more in self._formulas(others, given, coef, context, missed, free, place):
                     yield rest, more
+
+    def _unknown(self, term: Prod, given: Prod, state: State, place: str) -> Iterator[State]:
+        """A fact is missing that would tell whether a part of the formula is there."""
+        for atom, _ in given.factors:
+            fact = self.view.unknown(atom) if isinstance(atom, Ref) else ""
+            if fact:
+                lost = min(p.weight(term), 2)  # nothing speaks against it
+                yield from self.miss(state, "dimension", "a formula", fact, lost, place, Verdict.UNKNOWN)
+
+    def _nearly(
+        self, atom: Atom, exponent: float, given: Atom, own: float, context: Context, state: State, free: bool
+    ) -> Iterator[tuple[State, float]]:
+        """Match, to explain, a factor of another exponent, or what lies below a function of one value."""
+        wanted, found, place = describe(atom, exponent), describe(given, own), self._name(given)
+        if own != exponent:
+            for missed in self.miss(state, "constant", wanted, found, 1, place):
+                yield from self.atom(atom, given, context, missed, free)
+        node = given.value.producer if isinstance(given, Ref) else None
+        if isinstance(given, Ref) and node is not None and node.key in ELEMENTWISE and not isinstance(atom, p.Op):
+            operands = [index for index, value in enumerate(node.inputs) if value and self.view.number(value) is None]
+            operand = self.view.operand(given, node, operands[0]) if len(operands) == 1 else None
+            if operand is not None:
+                opened = self.view.expand(operand).factors
+                below = opened[0][0] if len(opened) == 1 else operand
+                for missed in self.miss(state, "operator", wanted, found, 1, place):
+                    yield from self.atom(atom, below, context, missed, free)
 
     def _variables(
         self,
@@ -287,14 +349,18 @@ class Matcher:
         (variable, exponent), others = variables[0], variables[1:]
         name = variable.name
         for index, (candidate, own) in enumerate(given):
-            if own != exponent or not isinstance(candidate, Ref):
+            if not isinstance(candidate, Ref) or (own != exponent and not self.record):
                 continue
             remaining = given[:index] + given[index + 1 :]
-            for bound in self.bind(variable, candidate, context, state):
-                yield from self._variables(others, remaining, context, bound, place)
+            states: Iterator[State] = iter((state,))
+            if own != exponent:
+                states = self.miss(state, "constant", describe(variable, exponent), describe(candidate, own), 1, place)
+            for current in states:
+                for bound in self.bind(variable, candidate, context, current):
+                    yield from self._variables(others, remaining, context, bound, place)
         if self.plan.captures[name].kind == "optional" and name not in state.bound:
             yield from self._variables(others, given, context, state, place)
-        elif self.record and not given:
+        else:
             for missed in self.miss(state, "arity", f"a factor for {name}", "none", 1, place):
                 yield from self._variables(others, given, context, missed, place)
 
@@ -311,6 +377,7 @@ class Matcher:
         value = found / expected
         if exponent != 1.0:
             if value <= 0:
+                yield from self.miss(state, "constant", f"{name} ** {exponent:g}", f"{value:g}", 1, place)
                 return
             value = value ** (1.0 / exponent)
         yield from self._bind_number(name, value, state, place)
@@ -345,10 +412,15 @@ class Matcher:
         elif isinstance(atom, Sum):
             for term, scale in _sums(given, self.view):
                 yield from self._scale(self.sum(atom, term, context, state, self._name(given)), scale)
+            if self.record and isinstance(given, Ref):
+                yield from self._no_sum(atom, given, context, state)
         elif isinstance(atom, p.Mean):
-            for reduction, scale in _of_kind(given, self.view, Reduce):
-                if reduction.kind == "mean":
-                    yield from self._scale(_unscaled(self.mean(atom, reduction, context, state)), scale)
+            for reduced, scale in _of_kind(given, self.view, Reduce):
+                if reduced.kind == "mean":
+                    yield from self._scale(_unscaled(self.mean(atom, reduced, context, state)), scale)
+                    return
+            if self.record and isinstance(given, Ref):
+                yield from _unscaled(self._no_mean(atom, given, context, state))
         elif isinstance(atom, p.MatMul):
             for contraction, scale in _of_kind(given, self.view, Contract):
                 yield from self._scale(self.matmul(atom, contraction, context, state, free), scale)
@@ -360,6 +432,29 @@ class Matcher:
                 yield from _unscaled(self.softmax(atom, node, given, context, state))
             elif isinstance(atom, p.Fused) and node is not None:
                 yield from _unscaled(self.fused(atom, node, given, context, state))
+
+    def _no_sum(self, atom: Sum, given: Ref, context: Context, state: State) -> Iterator[tuple[State, float]]:
+        """Match, to explain, the operands of a Max or Min as summands."""
+        node = given.value.producer
+        if node is None or node.key not in ring.LIKE_SUMS:
+            return
+        items: list[Item] = []
+        for index in range(len(node.inputs)):
+            operand = self.view.operand(given, node, index)
+            if operand is not None:
+                term = self.view.factor(operand)
+                items.append(Item(term.coef, term.factors, operand))
+        for missed in self.miss(state, "operator", "a sum", node.key, 1, node.label):
+            yield from self.sum(atom, Sum(0.0, tuple(items)), context, missed, node.label)
+
+    def _no_mean(self, atom: p.Mean, given: Ref, context: Context, state: State) -> Iterator[State]:
+        """Match, to explain, another reduction as a mean."""
+        node = given.value.producer
+        lifted = reduction.lift(node, given, self.view) if node and node.op in alike(SPELLINGS["mean"]) else None
+        if node is not None and lifted is not None:
+            child, rank = lifted
+            for missed in self.miss(state, "operator", "a mean", node.key, 1, node.label):
+                yield from self.mean(atom, Reduce("mean", self.view.peel(child).ref, rank), context, missed)
 
     def _name(self, given: Atom) -> str:
         """The value a factor is, or the one that was being matched when it was met."""
@@ -382,6 +477,8 @@ class Matcher:
             for atom, exponent in expanded.factors if len(expanded.factors) == 1 else ():
                 if exponent == 1.0 and isinstance(atom, Sum):
                     yield from self._scale(self.sum(single, atom, context, state, self._name(given)), expanded.coef)
+            if self.record and isinstance(given, Ref):
+                yield from self._no_sum(single, given, context, state)
             return
         for matched in self.product(term, expanded, context, state, self._name(given)):
             yield matched, 1.0
@@ -398,14 +495,15 @@ class Matcher:
 
     def operator(self, atom: p.Op, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """An elementwise operator with its attributes at their defaults."""
-        if node.key != atom.name or len(node.inputs) != 1:
-            yield from self.miss(
-                state, "operator", atom.name, node.key, p.weight(Prod(1.0, ((atom, 1.0),))), node.label
-            )
-            return
         extra = extra_attributes(node, ())
         states: Iterator[State] = iter((state,))
-        if extra:
+        if node.key != atom.name or len(node.inputs) != 1:
+            lost = 1 if node.key in UNARY else p.weight(Prod(1.0, ((atom, 1.0),)))
+            states = self.miss(state, "operator", atom.name, node.key, lost, node.label)
+            if lost > 1:
+                yield from states
+                return
+        elif extra:
             states = self.miss(state, "attribute", "default attributes", ", ".join(extra), 1, node.label)
         operand = self.view.operand(given, node, 0)
         if operand is None:
@@ -418,12 +516,22 @@ class Matcher:
         if zeroed := guards.zeroed(node, given, self.view):
             yield from self._zeroed(atom, zeroed, context, state)
             return
+        states: Iterator[State] = iter((state,))
+        replaced = guards.replaced(node) if self.record else None
+        if replaced is not None:
+            softmax, number = replaced
+            below = Ref(softmax, given.layout)
+            for missed in self.miss(state, "constant", "0 for NaN", number.name, 1, node.label):
+                if softmax.producer is not None:
+                    yield from self.softmax(atom, softmax.producer, below, context, missed)
+            return
         written = guards.written_out(node, self.view.facts)
         if written is None and node.key != "Softmax":
-            yield from self.miss(
-                state, "operator", "Softmax", node.key, p.weight(Prod(1.0, ((atom, 1.0),))), node.label
-            )
-            return
+            lost = 1 if node.key in alike(SPELLINGS["softmax"]) else p.weight(Prod(1.0, ((atom, 1.0),)))
+            states = self.miss(state, "operator", "Softmax", node.key, lost, node.label)
+            if lost > 1:
+                yield from states
+                return
         operand = node.inputs[0] if written is None else written[0]
         shape = self.view.facts.shape(operand) if operand is not None else None
         if operand is None or shape is None:
@@ -431,7 +539,6 @@ class Matcher:
         axis = attribute(node, "axis") if written is None else written[1]
         own = int(axis) % len(shape) if isinstance(axis, int) else len(shape) - 1
         positions = [position for letter in atom.letters for position in self.axes.positions(letter, context, state)]
-        states: Iterator[State] = iter((state,))
         if written is None and node.version < 13 and own != len(shape) - 1:
             states = self.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
         elif not _covers(given.layout, positions, own):
@@ -495,7 +602,18 @@ class Matcher:
         elif any(first.layout.depends(axis) for axis in outside):
             states = self.miss(state, "dimension", f"a mean over {letter}", "another axis", 1, first.value.name)
         for current in states:
+            over = None if context or current is bound else self._over(first, outside)
+            if over is not None and isinstance(child, Ref):
+                child, inside = over, tuple(range(self.axes.rank, self.axes.rank + len(outside)))
             yield from self.child(atom.child, child, {**context, letter: inside}, current)
+
+    def _over(self, child: Ref, reduced: tuple[int, ...]) -> Ref | None:
+        """What a mean reads, in the coordinates that it would have if it ran over these axes of the root."""
+        shape = self.view.facts.shape(child.value)
+        if shape is None or len(shape) != self.axes.rank or any(axis >= len(shape) for axis in reduced):
+            return None
+        kept: list[int | None] = [None if axis in reduced else axis for axis in range(len(shape))]
+        return Ref(child.value, Layout.identity(shape).remap(shape, kept, extra=reduced))
 
     def matmul(
         self, atom: p.MatMul, given: Contract, context: Context, state: State, free: bool
@@ -516,7 +634,8 @@ class Matcher:
         rank = len(given.layout.source)
         captured = read(node, rank) if read is not None and rank else None
         if captured is None:
-            yield from self.miss(state, "operator", " or ".join(atom.pattern.readers), node.key, 1, node.label)
+            lost = p.weight(Prod(1.0, ((atom, 1.0),)))
+            yield from self.miss(state, "operator", " or ".join(atom.pattern.readers), node.key, lost, node.label)
             return
         states: list[State] = [state]
         for own, outer in atom.letters:
@@ -613,18 +732,25 @@ class Matcher:
         for index, candidate in enumerate(given):
             remaining = given[:index] + given[index + 1 :]
             own = 1.0 if free else candidate.coef / item.coef
-            if scale is not None and not free and not self._close(own, scale):
-                continue
+            fits = scale is None or free or self._close(own, scale)
+            ways = [(state, own if scale is None else scale)] if fits else []
+            if self.record and not free and not (scale is not None and fits):
+                # The sum may be multiplied by another number than this summand says, if the summand is wrong.
+                whole = 1.0 if scale is None else scale
+                expected = describe_item(item._replace(coef=whole * item.coef))
+                missed = self.miss(state, "constant", expected, describe_item(candidate), 1, place)
+                ways.extend((current, whole) for current in missed)
             wanted = Prod(item.coef if free else 1.0, item.factors)
             offered = Prod(candidate.coef if free else 1.0, candidate.factors)
-            for matched in self._item(wanted, offered, candidate, context, state, place):
-                found = True
-                yield from self._summands(others, remaining, own if scale is None else scale, context, matched, place)
+            for current, share in ways:
+                for matched in self._item(wanted, offered, candidate, context, current, place):
+                    found = found or matched.misses is state.misses
+                    yield from self._summands(others, remaining, share, context, matched, place)
         if self.record and not found:
-            lost = p.weight(Prod(item.coef, item.factors))
             kinds = ", ".join(describe_item(candidate) for candidate in given) or "nothing more"
-            for missed in self.miss(state, "operator", describe_item(item), kinds, lost, place):
-                yield from self._summands(others, given, scale, context, missed, place)
+            lost = p.weight(Prod(item.coef, item.factors))
+            for without in self.miss(state, "operator", describe_item(item), kinds, lost, place):
+                yield from self._summands(others, given, scale, context, without, place)
 
     def _item(
         self, wanted: Prod, offered: Prod, candidate: Item, context: Context, state: State, place: str
@@ -661,16 +787,30 @@ class Matcher:
         (variable, coef), others = variables[0], variables[1:]
         name = variable.name
         for index, item in enumerate(given):
-            if item.origin is None or not self._close(item.share, scale * coef):
+            states: Iterator[State] = iter((state,))
+            value = self._addend(item, scale * coef)
+            if value is None:
+                single = Prod(1.0, item.factors).single
+                value = single if isinstance(single, Ref) else item.origin
+                states = self.miss(state, "constant", f"{scale * coef:g} * {name}", describe_item(item), 1, place)
+            if value is None:
                 continue
             remaining = given[:index] + given[index + 1 :]
-            for bound in self.bind(variable, item.origin, context, state):
-                yield from self._bind_addends(others, remaining, scale, context, bound, place)
+            for current in states:
+                for bound in self.bind(variable, value, context, current):
+                    yield from self._bind_addends(others, remaining, scale, context, bound, place)
         if self.plan.captures[name].kind == "optional" and name not in state.bound:
             yield from self._bind_addends(others, given, scale, context, state, place)
-        elif self.record and not given:
+        else:
             for missed in self.miss(state, "arity", f"a summand for {name}", "none", 1, place):
                 yield from self._bind_addends(others, given, scale, context, missed, place)
+
+    def _addend(self, item: Item, share: float) -> Ref | None:
+        """The value of which a summand is so many times; None where there is none."""
+        if item.origin is not None and self._close(item.share, share):
+            return item.origin
+        single = Prod(1.0, item.factors).single
+        return single if isinstance(single, Ref) and self._close(item.coef, share) else None
 
     def _constant(self, term: Sum, found: float, scale: float, state: State, place: str) -> Iterator[State]:
         scalar = self._summands_of(term).scalar
@@ -710,9 +850,15 @@ class Matcher:
             yield bound
         elif isinstance(known, Ref) and (again := self.again(known, Ref(ref.value, viewed), state)):
             yield again
-        else:
+        elif isinstance(known, Ref) and known.value is ref.value:
+            wanted = f"{name} = {ref.value.name} again, in the same axes"
+            yield from self.miss(state, "same value", wanted, "other axes", 1, ref.value.name)
+        elif self.record:
             was = known.value.name if isinstance(known, Ref) else str(known)
-            yield from self.miss(state, "same value", f"{name} = {was} again", ref.value.name, 1, ref.value.name)
+            unknown = self.view.unknown(ref)
+            kind, verdict = ("dimension", Verdict.UNKNOWN) if unknown else ("same value", Verdict.NO)
+            found = unknown or ref.value.name
+            yield from self.miss(state, kind, f"{name} = {was} again", found, 1, ref.value.name, verdict)
 
     def again(self, known: Ref, ref: Ref, state: State) -> State | None:
         """The state where a capture that is read again is the same numbers; None where that is not proved."""
@@ -750,6 +896,26 @@ def _distribute(formula: tuple[Atom, float], given: Prod) -> Prod:
         return given
     items = tuple(Item(i.coef * given.coef, i.factors, i.origin, i.share * given.coef) for i in inner.items)
     return Prod(1.0, ((Sum(inner.const * given.coef, items), 1.0),))
+
+
+def _spread(term: Prod) -> Sum | None:
+    """c x (a + b) as c x a + c x b; None where the term is no product with a sum."""
+    inner = [atom for atom, exponent in term.factors if isinstance(atom, Sum) and exponent == 1.0]
+    if not inner or len(term.factors) == 1:
+        return None
+    rest = Prod(term.coef, tuple(factor for factor in term.factors if factor[0] is not inner[0]))
+    parts = [multiply(rest, Prod(item.coef, item.factors)) for item in inner[0].items]
+    parts += [multiply(rest, number(inner[0].const))] if inner[0].const else []
+    return Sum(0.0, tuple(Item(part.coef, part.factors) for part in parts))
+
+
+def _power(scale: float, exponent: float) -> float | None:
+    """The number to a power, None where that is no real number."""
+    try:
+        share = scale**exponent
+    except (ZeroDivisionError, OverflowError):
+        return None
+    return None if isinstance(share, complex) else float(share)
 
 
 def _unscaled(states: Iterator[State]) -> Iterator[tuple[State, float]]:

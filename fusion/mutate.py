@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fusion.draw import Draw
 
@@ -20,6 +20,10 @@ OTHER = {
 }  # fmt: skip
 """For an operator another one with as many inputs and the same attributes."""
 
+PRIVACY = frozenset({"privacy"})
+
+LAYOUTS = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+
 ORDERED = frozenset({"Sub", "Div", "Pow", "MatMul", "Gemm"})
 
 
@@ -28,7 +32,7 @@ class Mutant:
     """A model with one change.
 
     Attributes:
-        kind: constant, operator, attribute, order, value, dimension, consumer, output or capture.
+        kind: constant, operator, attribute, order, value, dimension, shape, consumer, output or capture.
         change: what was changed, for messages.
         model: the changed model.
         feeds: its inputs.
@@ -58,7 +62,7 @@ def mutants_of(
         change = _Change(model, feeds, interior, results, draw)
         text = mutate(change)
         if text:
-            yield Mutant(kind, text, change.model, change.feeds, expects)
+            yield Mutant(kind, text, change.model, change.feeds, expects | change.expects)
 
 
 class _Change:
@@ -80,12 +84,24 @@ class _Change:
         inside = {*interior, *results}
         self.nodes = [node for node in self.graph.node if set(node.output) & inside]
         self.interior = [name for node in self.nodes for name in node.output if name not in results]
-        self.version = self.model.opset_import[0].version
-        self.types = {value.name: value.type.tensor_type.elem_type for value in self.graph.input}
+        self.expects: frozenset[str] = frozenset()
+        self.guards = _guards(self.graph)
+
+    def at(self, node: NodeProto) -> NodeProto:
+        """The node that is to be changed; what is left of a guard is a bias, and the scores have another reader."""
+        self.expects = PRIVACY if node.output[0] in self.guards else frozenset()
+        return node
 
     def pick(self, places: Sequence[Any]) -> Any:
         """One of the places, None where there are none."""
         return places[self.draw.index(len(places))] if places else None
+
+    def read(self) -> Any:
+        """A value that is to have another reader. One that only rearranges stays then, and less is saved."""
+        name = self.pick(self.interior)
+        laid = any(name in node.output and node.op_type in LAYOUTS for node in self.nodes)
+        self.expects = frozenset({"gain"}) if laid else frozenset()
+        return name
 
     def constants(self) -> dict[str, tuple[Callable[[Array], None], Array]]:
         """By name each constant's value, and how to set it."""
@@ -102,6 +118,17 @@ class _Change:
     def output(self, value: str) -> None:
         """Make a value an output of the graph."""
         self.graph.output.append(helper.make_empty_tensor_value_info(value))
+
+
+def _guards(graph: GraphProto) -> set[str]:
+    """The values by which a maximum is subtracted."""
+    found: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "ReduceMax" or found & set(node.input):
+            found.update(node.output)
+        if node.op_type == "Softmax":
+            break
+    return found
 
 
 def _setter(tensor: TensorProto) -> Callable[[Array], None]:
@@ -130,7 +157,8 @@ def _constant(change: _Change) -> str:
     if name is None:
         return ""
     put, array = constants[name]
-    changed = (array * 1.5 + (0.25 if float(array.reshape(-1)[0]) == 0.0 else 0.0)).astype(array.dtype)
+    factor = 0.5 if np.abs(array) > 1e4 else 1.5  # a mask's fill stays a finite number
+    changed = (array * factor + (0.25 if float(array.reshape(-1)[0]) == 0.0 else 0.0)).astype(array.dtype)
     put(changed)
     return f"the constant {float(array.reshape(-1)[0]):g} became {float(changed.reshape(-1)[0]):g}"
 
@@ -139,56 +167,42 @@ def _operator(change: _Change) -> str:
     node = change.pick([node for node in change.nodes if node.op_type in OTHER])
     if node is None:
         return ""
-    was, node.op_type = node.op_type, OTHER[node.op_type]
+    was, change.at(node).op_type = node.op_type, OTHER[node.op_type]
     return f"{was} -> {node.output[0]} became {node.op_type}"
 
 
 def _attribute(change: _Change) -> str:
     """Another axis to reduce or to normalise over; another factor; another permutation of as many axes."""
     constants = change.constants()
-    places: list[Callable[[], str]] = []
+    places: list[tuple[NodeProto, AttributeProto | None]] = []
     for node in change.nodes:
         for item in node.attribute:
-            if item.name == "axis" and node.op_type == "Softmax":
-                places.append(_moved(node.output[0], lambda item=item: _shift(item, "i")))  # type: ignore[misc]
-            elif item.name == "axes" and len(item.ints) == 1 and node.op_type.startswith("Reduce"):
-                places.append(_moved(node.output[0], lambda item=item: _shift(item, "ints")))  # type: ignore[misc]
-            elif item.name == "alpha":
-                places.append(_moved(node.output[0], lambda item=item: _shift(item, "f")))  # type: ignore[misc]
-        if node.op_type.startswith("Reduce") and len(node.input) > 1 and node.input[1] in constants:
-            put, array = constants[node.input[1]]
-            if array.size == 1:
-                places.append(_moved(node.output[0], lambda put=put, array=array: put(_neighbour(array))))  # type: ignore[misc]
-    place = change.pick(places)
-    return place() if place is not None else ""
-
-
-def _moved(name: str, change: Callable[[], None]) -> Callable[[], str]:
-    def apply() -> str:
-        change()
-        return f"an attribute of the node of {name}"
-
-    return apply
-
-
-def _shift(item: Any, kind: str) -> None:
-    if kind == "f":
-        item.f = item.f * 1.5
-    elif kind == "i":
-        item.i = item.i - 1 if item.i != 0 else 1
+            if (node.op_type, item.name) in (("Softmax", "axis"), ("Gemm", "alpha")) or len(item.ints) == 1:
+                places.append((node, item))
+        if node.op_type.startswith("Reduce") and len(node.input) > 1 and constants[node.input[1]][1].size == 1:
+            places.append((node, None))
+    node, item = change.pick(places) or (None, None)
+    if node is None:
+        return ""
+    if item is None:
+        put, axes = constants[change.at(node).input[1]]
+        put(np.where(axes == 0, 1, axes - 1).astype(axes.dtype))
+        return f"the axes of {node.op_type} -> {node.output[0]}"
+    change.at(node)
+    if item.name == "alpha":
+        item.f *= 1.5
+    elif item.name == "axis":
+        item.i = item.i - 1 if item.i else 1
     else:
-        item.ints[0] = item.ints[0] - 1 if item.ints[0] != 0 else 1
-
-
-def _neighbour(axes: Array) -> Array:
-    return np.where(axes == 0, 1, axes - 1).astype(axes.dtype)
+        item.ints[0] = item.ints[0] - 1 if item.ints[0] else 1
+    return f"{item.name} of {node.op_type} -> {node.output[0]}"
 
 
 def _order(change: _Change) -> str:
     node = change.pick([node for node in change.nodes if node.op_type in ORDERED and len(set(node.input[:2])) == 2])
     if node is None:
         return ""
-    node.input[0], node.input[1] = node.input[1], node.input[0]
+    change.at(node).input[0], node.input[1] = node.input[1], node.input[0]
     return f"the operands of {node.op_type} -> {node.output[0]} changed places"
 
 
@@ -224,8 +238,17 @@ def _dimension(change: _Change) -> str:
     return f"{name} of shape {list(array.shape)} became {list(changed.shape)}"
 
 
+def _shape(change: _Change) -> str:
+    """An input of which not even the rank is known."""
+    value = change.pick(change.graph.input)
+    if value is None:
+        return ""
+    value.type.tensor_type.ClearField("shape")
+    return f"{value.name} declares no shape"
+
+
 def _consumer(change: _Change) -> str:
-    name = change.pick(change.interior)
+    name = change.read()
     if name is None:
         return ""
     change.graph.node.append(helper.make_node("Relu", [name], ["read"]))
@@ -234,7 +257,7 @@ def _consumer(change: _Change) -> str:
 
 
 def _output(change: _Change) -> str:
-    name = change.pick(change.interior)
+    name = change.read()
     if name is None:
         return ""
     change.output(name)
@@ -243,7 +266,7 @@ def _output(change: _Change) -> str:
 
 def _capture(change: _Change) -> str:
     """The body of an If reads a value."""
-    name = change.pick(change.interior)
+    name = change.read()
     if name is None:
         return ""
     bodies = {
@@ -261,16 +284,19 @@ def _capture(change: _Change) -> str:
     return f"{name} is read inside the body of an If"
 
 
-PRIVACY = frozenset({"privacy"})
 KINDS: Mapping[str, tuple[Callable[[_Change], str], frozenset[str]]] = {
     "constant": (_constant, frozenset({"constant", "operator"})),
     "operator": (_operator, frozenset({"operator", "constant", "arity"})),
-    "attribute": (_attribute, frozenset({"attribute", "dimension", "constant"})),
-    "order": (_order, frozenset({"operator", "constant", "arity", "dimension"})),
+    "attribute": (_attribute, frozenset({"attribute", "dimension", "constant", "same value"})),
+    "order": (_order, frozenset({"operator", "constant", "arity", "dimension", "attribute"})),
     "value": (_value, frozenset({"same value", "operator", "arity"})),
-    "dimension": (_dimension, frozenset({"dimension", "arity", "constant", "requirement"})),
+    "dimension": (_dimension, frozenset({"dimension", "arity", "constant"})),
+    "shape": (_shape, frozenset({"dimension"})),
     "consumer": (_consumer, PRIVACY),
     "output": (_output, PRIVACY),
     "capture": (_capture, PRIVACY),
 }
-"""How each kind is made, and the obligations one of which it breaks."""
+"""How each kind is made, and the obligations one of which it breaks.
+
+What is reduced over another axis lies in other axes than where it is used again, so it may be another value there.
+"""

@@ -104,6 +104,28 @@ SPELLINGS: Mapping[str, frozenset[str]] = {
 }
 """Operators that may spell a part of a formula."""
 
+UNARY = frozenset(
+    {"Abs", "Acos", "Asin", "Atan", "Ceil", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid"}
+    | {"HardSwish", "LeakyRelu", "Log", "Mish", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus"}
+    | {"Softsign", "Tan", "Tanh"}
+)
+"""Functions of one value, element by element, that no law knows."""
+
+ALIKE = (
+    (UNARY | {"Sqrt"}, UNARY),
+    (
+        SPELLINGS["mean"],
+        frozenset({"ReduceL1", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMin", "ReduceProd"}),
+    ),
+    (SPELLINGS["softmax"], frozenset({"LogSoftmax", "Hardmax"})),
+)
+"""For operators of a formula those that stand where they should, where it is another formula."""
+
+
+def alike(operators: frozenset[str]) -> frozenset[str]:
+    """The operators, and those that may stand in their place where a formula nearly holds."""
+    return operators.union(*(others for own, others in ALIKE if own & operators))
+
 
 @dataclass(eq=False, frozen=True, slots=True)
 class Plan:

@@ -75,7 +75,7 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
             if value.is_output:
                 return Miss("privacy", f"{value.name} inside the region is a graph output", Verdict.NO, 1, value.name)
             for reader in value.uses:
-                if reader not in visited and not _dies(reader, visited, ABSORBED):
+                if reader not in visited and not _dies(reader, visited, stops, ABSORBED):
                     return Miss(
                         "privacy",
                         f"{value.name} inside the region is also read by {reader.label}",
@@ -108,13 +108,18 @@ def _needed(view: View, node: Node) -> list[Value]:
     return [value for value in inputs if value is not None]
 
 
-def _dies(reader: Node, visited: dict[Node, None], depth: int) -> bool:
-    """Whether a reader from outside is of use to the region only."""
+def _dies(reader: Node, visited: dict[Node, None], stops: set[Value], depth: int) -> bool:
+    """Whether a reader from outside is of use to the region only.
+
+    What computes a capture stays: a bias that is made of the scores needs them.
+    """
     if depth == 0:
         return False
     for value in reader.outputs:
         if value is None:
             continue
-        if value.is_output or not all(use in visited or _dies(use, visited, depth - 1) for use in value.uses):
+        if value.is_output or value in stops:
+            return False
+        if not all(use in visited or _dies(use, visited, stops, depth - 1) for use in value.uses):
             return False
     return True

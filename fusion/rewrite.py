@@ -145,7 +145,6 @@ class Rewriter:
         self.graph = graph
         self.facts = Facts(graph)
         self.view = View(graph, self.facts)
-        self._shared = View(graph, self.facts, shared=True)
         self.target = target
         self.check = check
         self.plans = [plan for pattern in patterns for plan in plans_of(pattern)]
@@ -195,7 +194,6 @@ class Rewriter:
     def forget(self) -> None:
         """Drop what an edit of the graph, or an equality, may have changed."""
         self.view.forget()
-        self._shared.forget()
         self._reached.clear()
 
     def _affected(self, made: Sequence[Node]) -> list[Plan]:
@@ -313,11 +311,10 @@ class Rewriter:
 
     def roots(self, plan: Plan, anchor: Node) -> list[Value]:
         """Values above an anchor that may be the pattern's result, outermost first."""
-        reached = self._above(plan, anchor)
-        fits = [value for value in reached if self._may_be_root(plan, value)]
+        fits = [value for value in self.above(plan, anchor) if self.may_be_root(plan, value)]
         return sorted(fits, key=lambda value: value.producer.position if value.producer else (0, 0), reverse=True)
 
-    def _above(self, plan: Plan, anchor: Node) -> dict[Value, int]:
+    def above(self, plan: Plan, anchor: Node) -> dict[Value, int]:
         """Values that an anchor feeds through operators of the plan; plans of like operators ask together."""
         key = (anchor, plan.operators, plan.height)
         known = self._reached.get(key)
@@ -346,7 +343,8 @@ class Rewriter:
                     queue.append((output, above + step, distance + (key in MERGED)))
         return reached
 
-    def _may_be_root(self, plan: Plan, value: Value) -> bool:
+    def may_be_root(self, plan: Plan, value: Value) -> bool:
+        """Whether a value may be the result: its node may spell what stands last in the formula."""
         node = value.producer
         if node is None:
             return False
@@ -367,7 +365,8 @@ class Rewriter:
         source, layout = through
         own = [axis for axis, _, _ in layout.axes[-1]]
         moved = len(own) == 1 and own[0] != len(layout.source) - 1
-        return len(own) > 1 or (moved and self._concatenates(source, own[0]))
+        merged = len(own) > 1 or len(layout.source) > len(layout.axes)  # an axis of size 1 leaves no factor
+        return merged or (moved and self._concatenates(source, own[0]))
 
     def _concatenates(self, value: Value, axis: int | None) -> bool:
         """Whether a value is several others side by side along this axis."""
@@ -454,28 +453,6 @@ class Rewriter:
         key = (plan.pattern.name, root.name)
         if misses and key not in self._failed and not plan.pattern.is_last:  # any product is nearly one of these
             self._failed[key] = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
-
-    # -- explaining -------------------------------------------------------------------------------------------------
-
-    def explain(self, plan: Plan, anchor: Node) -> NearMiss | None:
-        """The nearest miss of a plan around an anchor: what keeps the subgraph from being the pattern.
-
-        Arithmetic that others read too is also looked into: then privacy is what is unmet, not what the reading finds.
-        """
-        best: NearMiss | None = None
-        for root in self.roots(plan, anchor):
-            for view in (self.view, self._shared):
-                for _, state in Matcher(view, plan, record=True).match(root):
-                    misses = state.misses
-                    if not misses:
-                        region = region_of(view, root, state)
-                        if isinstance(region, Region):
-                            return None
-                        misses = (region,)
-                    near = NearMiss(plan.pattern.name, root.name, misses, plan.weight)
-                    if best is None or near.unmet < best.unmet:
-                        best = near
-        return best
 
 
 _plans: dict[int, tuple[Pattern, list[Plan]]] = {}

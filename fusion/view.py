@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
@@ -26,6 +26,12 @@ MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 
 OPENED = MERGED | reduction.COUNTED | normalization.OPERATORS
 """Operators whose term is opened inside a product or sum: also reductions, whose count meets the numbers around."""
+
+LAYOUTS = frozenset({"Expand", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that rearrange, whatever the sizes are."""
+
+READ = frozenset(LAWS) | LAYOUTS | noise.OPERATORS
+"""Operators that a view reads where it knows enough of their operands."""
 
 PASSED = noise.OPERATORS | {"Where"} | rearrange.RULES.keys()
 """Operators that a reference may be followed through."""
@@ -54,13 +60,14 @@ class View:
     Args:
         graph: the index.
         facts: what is known about its values.
-        shared: open arithmetic that others read too, to explain that this is what is wrong.
+        within: readers that count; None for all of them. Where leaving others out makes a formula hold, it is they who
+            keep it from it.
     """
 
-    def __init__(self, graph: Graph, facts: Facts, *, shared: bool = False) -> None:
+    def __init__(self, graph: Graph, facts: Facts, *, within: Container[Node] | None = None) -> None:
         self.graph = graph
         self.facts = facts
-        self.shared = shared
+        self.within = within
         self._peeled: dict[Ref, Peeled] = {}
         self._expanded: dict[Ref, Prod] = {}
         self._numbers: dict[Value, float | None] = {}
@@ -133,13 +140,13 @@ class View:
 
     def _peel(self, ref: Ref) -> Peeled:
         value, layout = ref
-        private, crossed = _single(value), []
+        private, crossed = self._single(value), []
         while (node := value.producer) is not None:
             step = self.step(value, layout)
             if step is None:
                 break
             value, layout = step
-            private = private and _single(value)
+            private = private and self._single(value)
             crossed.append(node)
         return Peeled(Ref(value, layout), private, tuple(crossed))
 
@@ -177,7 +184,7 @@ class View:
         if constant is not None:
             return number(constant)
         node = source.producer
-        if node is not None and node.key in OPENED and (peeled.private or self.shared) and not self._is_stored(source):
+        if node is not None and node.key in OPENED and peeled.private and not self._is_stored(source):
             return self.expand(peeled.ref)
         return leaf(peeled.ref)
 
@@ -212,17 +219,32 @@ class View:
             return leaf(source)
         return law(node, source, self) or leaf(source)
 
+    def unknown(self, ref: Ref) -> str:
+        """The fact that is missing to read the node of a value as a term; empty where none is."""
+        node = ref.value.producer
+        if node is None or node.key not in READ or self.expand(ref) != leaf(ref):
+            return ""
+        for index, value in enumerate(node.inputs):
+            if value is not None and self.facts.shape(value) is None:
+                return f"{node.label} of {value.name}, whose rank is unknown"
+            if value is not None and node.key in MERGED and self.operand(ref, node, index) is None:
+                return f"{node.label} of {value.name}, which may be broadcast"
+        if node.key in LAYOUTS | contraction.OPERATORS:
+            return f"{node.label}, whose sizes are not known well enough to tell its axes"
+        return f"{node.label} over an unknown number of elements" if node.key in reduction.COUNTED else ""
 
-def _single(value: Value) -> bool:
-    """Whether one consumer alone computes with the value; who asks for its shape or type, or guards it, is not one."""
-    if value.is_output:
-        return False
-    if len(value.uses) == 1:
-        return True
-    readers = [node for node in value.uses if not _asks_only(node, value)]
-    if len(readers) == 2:
-        return any(node.op == "Where" and guards.is_private(node, value) for node in readers)
-    return len(readers) == 1
+    def _single(self, value: Value) -> bool:
+        """Whether one consumer alone computes with the value; who asks for its shape or type, or guards it, is none."""
+        if self.within is not None:
+            return sum(node in self.within and not _asks_only(node, value) for node in value.uses) == 1
+        if value.is_output:
+            return False
+        if len(value.uses) == 1:
+            return True
+        readers = [node for node in value.uses if not _asks_only(node, value)]
+        if len(readers) == 2:
+            return any(node.op == "Where" and guards.is_private(node, value) for node in readers)
+        return len(readers) == 1
 
 
 def _asks_only(node: Node, value: Value) -> bool:

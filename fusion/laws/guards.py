@@ -27,13 +27,19 @@ if TYPE_CHECKING:
 
 def guarded(node: Node, facts: Facts) -> Value | None:
     """The value that a NaN guard passes on; None where `node` is no NaN guard."""
+    found = replaced(node)
+    return found[0] if found is not None and facts.number(found[1]) == 0.0 else None
+
+
+def replaced(node: Node) -> tuple[Value, Value] | None:
+    """The value in which `node` replaces NaN, and by what; None where it does something else."""
     if node.op != "Where" or node.domain:
         return None
-    condition, zero, value = node.inputs
+    condition, other, value = node.inputs
     test = condition.producer if condition is not None else None
-    if value is None or zero is None or test is None or test.op != "IsNaN" or test.inputs[0] is not value:
+    if value is None or other is None or test is None or test.op != "IsNaN" or test.inputs[0] is not value:
         return None
-    return value if facts.number(zero) == 0.0 else None
+    return value, other
 
 
 def written_out(node: Node, facts: Facts) -> tuple[Value, int] | None:

@@ -23,7 +23,7 @@ def without_numbers(ref: Ref, view: View) -> tuple[Ref, float]:
         peeled = view.peel(ref)
         ref = peeled.ref
         node = ref.value.producer
-        following = behind(node, ref, view) if node is not None and (peeled.private or view.shared) else None
+        following = behind(node, ref, view) if node is not None and peeled.private else None
         if following is None:
             return ref, coef
         ref, coef = following[0], coef * following[1]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SUMS = frozenset({"Add", "Sub", "Sum"})
 PRODUCTS = frozenset({"Mul", "Div", "Neg"})
+LIKE_SUMS = frozenset({"Max", "Min", "Mean"})
+"""Operators of as many operands as there are, of which none comes first."""
 
 
 def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
