@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from onnx import TensorProto
 
-from fusion.emit import Found, New, NewNode, Operand
+from fusion.found import Found, New, NewNode, Operand
 from fusion.graph import Graph, Node, Scope, Value
 from fusion.laws import contraction, powers, reduction, ring
 from fusion.place import before

@@ -21,9 +21,9 @@ from fusion.apply import apply
 from fusion.compare import compare, epsilon, is_float
 from fusion.cut import Cut, Unchecked, cut
 from fusion.dims import Poly, evaluate, symbols
-from fusion.emit import Found, New, NewNode, Unmet
 from fusion.facts import Facts
 from fusion.feeds import mask
+from fusion.found import Found, New, NewNode, Unmet
 from fusion.graph import Graph, Node, Value
 from fusion.region import grounds
 from fusion.runtime import ONNXRUNTIME, REFERENCE, Refused, Session

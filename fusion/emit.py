@@ -7,280 +7,27 @@ with the axes of the capture is looked up, and only `op.arranged(...)` and its l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
+from fusion.beside import additive, guarded
 from fusion.captures import Token, parse
-from fusion.dims import Dim, divide, lower, product
-from fusion.facts import Facts
-from fusion.graph import Node, Value
+from fusion.dims import Dim, product
+from fusion.found import Captured, Found, New, NewNode, Operand, Unmet
+from fusion.graph import Value
 from fusion.language import letters_of
-from fusion.laws.noise import FLOATS
-from fusion.layout import Axis, Layout, merge_neighbours, regroup
-from fusion.masks import ABSORBING, keeps_a_key
-from fusion.parts import appended
+from fusion.layout import Layout, merge_neighbours
 from fusion.place import before, int64, nearest, place, rearranged, shape_items, standing
-from fusion.plan import SPELLINGS, Plan
-from fusion.region import Region, sources
-from fusion.state import Entry, Miss, State
+from fusion.region import sources
+from fusion.state import Entry
 from fusion.targets import Target
 from fusion.terms import Ref
 from fusion.verdict import Verdict
-from fusion.view import View
 
 MICROSOFT = "com.microsoft"
-GAIN = "gain"
-"""The kind of a miss that says: it could be written, and would save nothing."""
-
-
-class Unmet(Exception):
-    """An obligation of an emission that does not hold."""
-
-    def __init__(self, text: str, *, kind: str = "requirement", verdict: Verdict = Verdict.NO, place: str = "") -> None:
-        super().__init__(text)
-        self.miss = Miss(kind, text, verdict, 1, place)
-
-
-@dataclass(eq=False, slots=True)
-class New:
-    """An output of a node that is still to be made, or a constant that is still to be added.
-
-    Attributes:
-        tensor: the constant.
-        parts: weights, each with a permutation or None, that are put together along `axis` when the model is written.
-    """
-
-    dtype: int | None
-    shape: tuple[Dim, ...] | None = None
-    tensor: TensorProto | None = None
-    parts: tuple[tuple[TensorProto, tuple[int, int] | None], ...] = ()
-    axis: int = 0
-
-
-Operand = Value | New | None
-
-
-@dataclass(eq=False, slots=True)
-class NewNode:
-    """A node that is still to be made."""
-
-    op: str
-    domain: str
-    inputs: list[Operand]
-    outputs: list[New]
-    attributes: dict[str, object]
-    shared: bool = False
-
-
-@dataclass(eq=False)
-class Found:
-    """A match, as an emission sees it: captures are attributes.
-
-    Attributes:
-        root: the value matched; `ref` sees it with the axes of the result.
-        plan: what matched.
-        state: what it bound.
-    """
-
-    view: View
-    plan: Plan
-    ref: Ref
-    root: Value
-    state: State
-    region: Region
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self.plan.captures:
-            raise AttributeError(name)
-        bound = self.state.bound.get(name)
-        if isinstance(bound, Ref):
-            return Captured(self, name, bound)
-        return bound
-
-    @property
-    def facts(self) -> Facts:
-        return self.view.facts
-
-    @property
-    def node(self) -> Node:
-        """The node that computes the root."""
-        assert self.root.producer is not None
-        return self.root.producer
-
-    @property
-    def dtype(self) -> int:
-        """The dtype of the root."""
-        dtype = self.facts.dtype(self.root)
-        if dtype is None:
-            raise Unmet(f"the dtype of {self.root.name} is unknown", kind="dtype", verdict=Verdict.UNKNOWN)
-        return dtype
-
-    @property
-    def opset(self) -> int:
-        """The version of the standard operators in the root's scope."""
-        return self.node.scope.opsets.get("", 1)
-
-    def require(self, holds: bool | Verdict | None, text: str, *, kind: str = "requirement") -> None:
-        """Raise Unmet unless `holds`; None and UNKNOWN do not."""
-        verdict = holds if isinstance(holds, Verdict) else Verdict.of(holds)
-        if verdict is not Verdict.YES:
-            raise Unmet(text, kind=kind, verdict=verdict, place=self.root.name)
-
-    def require_order(self, inputs: Iterable[Value]) -> None:
-        """Every input is computed before the root, and before what is kept: else the new node would close a cycle."""
-        kept = [ref.value.producer for ref in self.state.kept.values() if ref.value.producer is not None]
-        at = min([self.node, *kept], key=lambda node: node.position)
-        late = [value.name for value in inputs if not before(value, at)]
-        self.require(not late, f"{', '.join(late)} is computed after {at.label}")
-
-    def require_gain(self, nodes: Sequence[NewNode]) -> None:
-        """A rewrite replaces more nodes than it adds; what it shares with other matches does not count."""
-        own = sum(not node.shared for node in nodes)
-        if own >= len(self.region.core):
-            self.require_fewer(nodes)
-
-    def require_fewer(self, nodes: Sequence[NewNode]) -> None:
-        """A rewrite replaces more nodes than it adds, with the rearrangements before the core that nobody else reads.
-
-        Other products count as nobody: they may read what lies before the rearrangement just as well.
-        """
-        needed = [operand for node in nodes for operand in node.inputs if isinstance(operand, Value)]
-        kept: set[Node] = set()
-        while needed:
-            producer = needed.pop().producer
-            if producer in self.region.prefix and producer not in kept:
-                kept.add(producer)
-                needed.extend(value for value in producer.inputs if value is not None)
-        replaced = {*self.region.core}
-        for node in reversed([node for node in self.region.prefix if node not in kept]):
-            values = [value for value in node.outputs if value is not None]
-            others = {reader for value in values for reader in value.uses if reader not in replaced}
-            if all(reader.key in SPELLINGS["matmul"] for reader in others) and not any(v.is_output for v in values):
-                replaced.add(node)
-        if len(nodes) >= len(replaced):
-            text = f"{len(nodes)} new nodes would replace {len(replaced)}"
-            raise Unmet(text, kind=GAIN, place=self.root.name)
-
-    def size(self, letter: str) -> int:
-        """The size of a letter, of its axes together; raises Unmet where it is not a known number."""
-        size = product(self.dims(letter))
-        if not isinstance(size, int):
-            text = f"the size of {letter} is not a known number ({size})"
-            raise Unmet(text, kind="dimension", verdict=Verdict.UNKNOWN, place=self.root.name)
-        return size
-
-    def dims(self, letter: str) -> tuple[Dim, ...]:
-        """The dimensions a letter of the result stands for."""
-        positions = self.state.letters[letter]
-        return tuple(self.ref.layout.shape[position] for position in positions)
-
-    def require_one_dtype(self) -> None:
-        """A half-precision region computes in half throughout: no part of it in a wider dtype, between casts."""
-        if self.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE):
-            return
-        for node in self.region.core:
-            for value in node.outputs:
-                dtype = self.facts.dtype(value) if value is not None else None
-                if dtype in FLOATS and dtype != self.dtype:
-                    found, wanted = TensorProto.DataType.Name(dtype), TensorProto.DataType.Name(self.dtype)
-                    raise Unmet(
-                        f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label
-                    )
-
-    def least(self, letter: str) -> float:
-        """The smallest size that a letter can have."""
-        return lower(product(self.dims(letter)))
-
-    def count(self, letter: str) -> int:
-        """How many axes a letter stands for."""
-        return len(self.dims(letter))
-
-    @property
-    def shape(self) -> tuple[Dim, ...]:
-        """The shape of the root."""
-        return self.ref.layout.source
-
-    @property
-    def rank(self) -> int:
-        """The rank of the root."""
-        return len(self.ref.layout.source)
-
-
-@dataclass(eq=False, slots=True)
-class Captured:
-    """A tensor capture of a match."""
-
-    found: Found
-    name: str
-    ref: Ref
-
-    @property
-    def value(self) -> Value:
-        """The source: the nearest value that is not a rearrangement."""
-        return self.ref.value
-
-    @property
-    def shape(self) -> tuple[Dim, ...]:
-        """Its shape in the axes of the capture."""
-        return self.ref.layout.shape
-
-    def depends(self, axis: int) -> bool:
-        """Whether it has an axis of the capture, and is not only broadcast over it."""
-        return self.ref.layout.depends(axis)
-
-    def axes(self, *groups: int | tuple[int, ...]) -> Captured:
-        """The same in other axes: chosen, in another order, several of them merged. What is left out is broadcast."""
-        spans = [(group,) if isinstance(group, int) else group for group in groups]
-        layout = self.ref.layout.permute([axis for span in spans for axis in span])
-        for index, span in enumerate(spans):
-            layout = layout.merge(index, index + len(span))
-        return Captured(self.found, self.name, Ref(self.ref.value, layout))
-
-    def appended(self, other: Captured) -> Captured | None:
-        """This and then `other` along the last axis, where they are neighbours in one value."""
-        whole = appended(self.ref.layout, other.ref.layout) if self.value is other.value else None
-        return None if whole is None else Captured(self.found, self.name, Ref(self.value, whole))
-
-    def along(self, spec: str) -> Ref:
-        """The capture in other axes of the same letters, such as `B H T D` of one declared as `B T (H D)`.
-
-        Raises:
-            Unmet: a merged axis cannot be split, because a size in it is unknown.
-        """
-        found = self.found
-        axes: dict[str, Axis] = {}
-        for token, factors in zip(found.plan.captures[self.name].dims or (), self.ref.layout.axes, strict=True):
-            letters = (token,) if isinstance(token, str) else token
-            sizes = [product(found.dims(letter)) if letter in found.state.letters else None for letter in letters]
-            whole = product(size for _, _, size in factors)
-            rest = divide(whole, product(size for size in sizes if size is not None))
-            known = rest is not None and sizes.count(None) <= 1
-            groups = regroup(factors, [rest if size is None else size for size in sizes]) if known else None  # type: ignore[misc]
-            if groups is None:
-                raise Unmet(f"{self.name} ({self.value.name}) cannot be split into {spec}", kind="dimension")
-            axes.update(zip(letters, groups, strict=True))
-        wanted = [(token,) if isinstance(token, str) else token for token in parse(spec)[0]]
-        made = (merge_neighbours(factor for letter in group for factor in axes[letter]) for group in wanted)
-        return Ref(self.value, Layout(tuple(made), self.ref.layout.offsets, self.ref.layout.source))
-
-    def standing(self, dtype: int | None) -> Value:
-        """The value of the graph that lies in the axes of the capture, with this dtype.
-
-        Raises:
-            Unmet: there is none.
-        """
-        value = standing(self.found.view, self.ref, dtype, self.found.node)
-        if value is None:
-            raise Unmet(
-                f"{self.name} ({self.value.name}) lies in other axes or another dtype than the fused node reads",
-                kind="dimension",
-                place=self.value.name,
-            )
-        return value
 
 
 class Builder:
@@ -445,36 +192,19 @@ class Builder:
         Raises:
             Unmet: a mask that is put on the probabilities was not put on the scores before them, or differs by head.
         """
-        found = self._found
-        rest = [entry for bound in found.state.bound.values() for entry in _entries(bound)]
-        for entry in rest:
-            if entry.kind == "zero":
-                masks = [m for m in rest if m.kind == "mask" and (m.ref, m.keep) == (entry.ref, entry.keep)]
-                found.require(
-                    bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score"
-                )
-                result = self.Where(self._keeps(entry), result, self._scalar(0.0), dtype=result.dtype)
-        if not any(node.key == "IsNaN" for node in found.region.core):
-            return result
-        zero = self._scalar(0.0)
-        return self.Where(self.IsNaN(result, dtype=TensorProto.BOOL), zero, result, dtype=result.dtype)  # type: ignore[no-any-return]
+        return guarded(self, self._found, result)
 
-    def _keeps(self, entry: Entry) -> New:
-        """Whether a mask (B, H, S, T) keeps a key, by row: (B, S, 1)."""
-        ref = _spread(entry.ref, keep=0)
-        found = self._found
-        found.require(not ref.layout.depends(1), f"{entry.ref.value.name} masks probabilities head by head")
-        mask = self.shared(
-            "Cast", [self.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32
-        )
-        op, opset = "ReduceMax" if entry.keep else "ReduceMin", found.opset
-        if opset >= 18:
-            kept = self.shared(op, [mask, self.constant(int64([1, 3]), "axes")], None, keepdims=0)
-        else:
-            kept = self.shared(op, [mask], None, axes=[1, 3], keepdims=0)
-        column = self.unsqueezed(kept, [2], (ref.layout.shape[0], ref.layout.shape[2], 1))
-        truth = self.shared("Cast", [column], column.shape, dtype=TensorProto.BOOL, to=TensorProto.BOOL)
-        return truth if entry.keep else self.shared("Not", [truth], column.shape)
+    def additive(self, entries: tuple[Entry, ...]) -> Operand:
+        """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where empty.
+
+        `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
+        smallest number of the dtype, or -inf, or where every row keeps a key, a large one. In half precision only -inf
+        does: kernels compute in float there.
+
+        Raises:
+            Unmet: a mask has another fill.
+        """
+        return additive(self, self._found, entries)
 
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
@@ -558,68 +288,8 @@ class Builder:
             self.inputs.append(made)
         return made
 
-    def additive(self, entries: tuple[Entry, ...]) -> Operand:
-        """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where empty.
-
-        `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
-        smallest number of the dtype, or -inf. In half precision only -inf does: kernels compute in float there.
-
-        Raises:
-            Unmet: a mask has another fill.
-        """
-        found = self._found
-        precise = found.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE)
-        smallest = float(np.finfo(self._numpy).min) if precise else -np.inf
-        bias: Operand = None
-        for entry in reversed(entries):
-            if entry.kind == "zero":
-                continue  # it is about the result: see `guarded`
-            if entry.kind == "clamp":
-                if entry.fill > smallest * 0.999:
-                    raise Unmet(f"scores are clamped to {entry.fill:g}", place=found.root.name)
-                if bias is not None:
-                    bias = self.shared("Max", [bias, self._scalar(entry.fill)], None)
-                continue
-            ref, placed = self._beside(entry, keep=2 if bias is None else 0)
-            if entry.kind == "term":
-                term = placed
-                if entry.coef != 1.0:
-                    term = self.shared("Mul", [term, self._scalar(entry.coef)], ref.layout.shape)
-                bias = term if bias is None else self.shared("Add", [bias, term], ref.layout.shape)
-                continue
-            if entry.fill > smallest * 0.999 and not self._hides(entry, entries):
-                raise Unmet(
-                    f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
-                    "in rows masked everywhere",
-                    place=entry.ref.value.name,
-                )
-            kept = self._scalar(0.0) if bias is None else bias
-            fill = self._scalar(entry.fill)
-            choices = [kept, fill] if entry.keep else [fill, kept]
-            bias = self.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
-        return bias
-
-    def _hides(self, entry: Entry, entries: tuple[Entry, ...]) -> bool:
-        """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row
-        keeps a key beside which the others vanish."""
-        after = entries[: entries.index(entry)]
-        only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
-        return only and keeps_a_key(self._found.view, entry.ref, entry.keep)
-
-    def _beside(self, entry: Entry, keep: int) -> tuple[Ref, Operand]:
-        """What stands beside the scores, as small as it can be had: broadcast axes as 1, else as they lie."""
-        dtype = self._found.dtype if entry.kind == "term" else None
-        refused: Unmet | None = None
-        for full in ((), (0,), (1,), (0, 1)):
-            ref = _spread(entry.ref, keep, full)
-            try:
-                return ref, self.placed(ref, dtype)
-            except Unmet as unmet:
-                refused = refused or unmet
-        assert refused is not None
-        raise refused
-
-    def _scalar(self, value: float) -> New:
+    def scalar(self, value: float) -> New:
+        """A new constant of one element, in the dtype of the root."""
         return self.constant(np.array(value, self._numpy), "scalar")
 
     def shared(
@@ -765,19 +435,3 @@ def _pieces_of(captures: Sequence[Captured | None], axis: int) -> Value | None:
                 return None
         end = end + layout.shape[axis]
     return first.value if first is not None and end == first.ref.layout.source[axis] else None
-
-
-def _entries(bound: object) -> tuple[Entry, ...]:
-    """The parts of a `rest` capture; nothing for any other."""
-    return bound if isinstance(bound, tuple) and not isinstance(bound, Ref) else ()
-
-
-def _spread(ref: Ref, keep: int, full: Sequence[int] = ()) -> Ref:
-    """Make broadcast axes size 1, but for the last `keep`, which are to be written out, and those in `full`."""
-    layout = ref.layout
-    count = len(layout.axes) - keep
-    axes = tuple(
-        () if index < count and index not in full and all(source is None for source, *_ in axis) else axis
-        for index, axis in enumerate(layout.axes)
-    )
-    return Ref(ref.value, Layout(axes, layout.offsets, layout.source))

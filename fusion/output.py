@@ -79,6 +79,8 @@ def _copies(directory: Path, found: list[external.Reference], destination: Path)
     overwritten.
     """
     files = {reference.location: reference.file(directory) for reference in found}
+    if not files:
+        return
     if destination.exists() and any(map(destination.samefile, files.values())):
         raise OutputError(f"{destination} holds the model's own weights: choose another destination")
     owned = _locations_in(destination)

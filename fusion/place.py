@@ -20,7 +20,8 @@ from fusion.verdict import Verdict
 from fusion.view import View
 
 if TYPE_CHECKING:
-    from fusion.emit import Builder, New, Operand
+    from fusion.emit import Builder
+    from fusion.found import New, Operand
 
 REACH = 48
 """How many rearrangements of one value are looked at; hubs have thousands."""

@@ -14,8 +14,9 @@ from itertools import islice
 from fusion import plan as p
 from fusion.apply import apply
 from fusion.checked import apply_checked
-from fusion.emit import Builder, Found, New, NewNode, Unmet
+from fusion.emit import Builder
 from fusion.facts import Facts
+from fusion.found import Found, New, NewNode, Unmet
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
 from fusion.laws.noise import FLOATS

@@ -20,8 +20,8 @@ from onnx import ModelProto, TensorProto, helper
 from fusion.api import optimize, why
 from fusion.compare import Comparison, compare, epsilon, is_float
 from fusion.draw import Draw
-from fusion.emit import GAIN
 from fusion.errors import ModelError
+from fusion.found import GAIN
 from fusion.instance import Instance, draw_instance
 from fusion.language import Pattern
 from fusion.mutate import Mutant, mutants_of

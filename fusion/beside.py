@@ -1,0 +1,120 @@
+"""What stands beside scores, written again: masks and biases as one tensor to add, guards around the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from fusion.found import Found, New, Operand, Unmet
+from fusion.layout import Layout
+from fusion.masks import ABSORBING, keeps_a_key
+from fusion.place import int64
+from fusion.state import Entry
+from fusion.terms import Ref
+
+if TYPE_CHECKING:
+    from fusion.emit import Builder
+
+
+def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
+    """See `Builder.additive`."""
+    precise = found.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE)
+    smallest = float(np.finfo(helper.tensor_dtype_to_np_dtype(found.dtype)).min) if precise else -np.inf
+    bias: Operand = None
+    for entry in reversed(entries):
+        if entry.kind == "zero":
+            continue  # it is about the result: see `guarded`
+        if entry.kind == "clamp":
+            if entry.fill > smallest * 0.999:
+                raise Unmet(f"scores are clamped to {entry.fill:g}", place=found.root.name)
+            if bias is not None:
+                bias = op.shared("Max", [bias, op.scalar(entry.fill)], None)
+            continue
+        ref, placed = _beside(op, found, entry, keep=2 if bias is None else 0)
+        if entry.kind == "term":
+            term = placed
+            if entry.coef != 1.0:
+                term = op.shared("Mul", [term, op.scalar(entry.coef)], ref.layout.shape)
+            bias = term if bias is None else op.shared("Add", [bias, term], ref.layout.shape)
+            continue
+        if entry.fill > smallest * 0.999 and not _hides(found, entry, entries):
+            raise Unmet(
+                f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
+                "in rows masked everywhere",
+                place=entry.ref.value.name,
+            )
+        kept = op.scalar(0.0) if bias is None else bias
+        fill = op.scalar(entry.fill)
+        choices = [kept, fill] if entry.keep else [fill, kept]
+        bias = op.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
+    return bias
+
+
+def _hides(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> bool:
+    """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row
+    keeps a key beside which the others vanish."""
+    after = entries[: entries.index(entry)]
+    only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
+    return only and keeps_a_key(found.view, entry.ref, entry.keep)
+
+
+def _beside(op: Builder, found: Found, entry: Entry, keep: int) -> tuple[Ref, Operand]:
+    """What stands beside the scores, as small as it can be had: broadcast axes as 1, else as they lie."""
+    dtype = found.dtype if entry.kind == "term" else None
+    refused: Unmet | None = None
+    for full in ((), (0,), (1,), (0, 1)):
+        ref = _spread(entry.ref, keep, full)
+        try:
+            return ref, op.placed(ref, dtype)
+        except Unmet as unmet:
+            refused = refused or unmet
+    assert refused is not None
+    raise refused
+
+
+def guarded(op: Builder, found: Found, result: New) -> New:
+    """See `Builder.guarded`."""
+    rest = [entry for bound in found.state.bound.values() for entry in _entries(bound)]
+    for entry in rest:
+        if entry.kind == "zero":
+            masks = [m for m in rest if m.kind == "mask" and (m.ref, m.keep) == (entry.ref, entry.keep)]
+            found.require(bool(masks), f"probabilities are set to 0 by {entry.ref.value.name}, which masks no score")
+            result = op.Where(_keeps(op, found, entry), result, op.scalar(0.0), dtype=result.dtype)
+    if not any(node.key == "IsNaN" for node in found.region.core):
+        return result
+    zero = op.scalar(0.0)
+    return op.Where(op.IsNaN(result, dtype=TensorProto.BOOL), zero, result, dtype=result.dtype)  # type: ignore[no-any-return]
+
+
+def _keeps(op: Builder, found: Found, entry: Entry) -> New:
+    """Whether a mask (B, H, S, T) keeps a key, by row: (B, S, 1)."""
+    ref = _spread(entry.ref, keep=0)
+    found.require(not ref.layout.depends(1), f"{entry.ref.value.name} masks probabilities head by head")
+    mask = op.shared("Cast", [op.placed(ref, None)], ref.layout.shape, dtype=TensorProto.INT32, to=TensorProto.INT32)
+    reduction = "ReduceMax" if entry.keep else "ReduceMin"
+    if found.opset >= 18:
+        kept = op.shared(reduction, [mask, op.constant(int64([1, 3]), "axes")], None, keepdims=0)
+    else:
+        kept = op.shared(reduction, [mask], None, axes=[1, 3], keepdims=0)
+    column = op.unsqueezed(kept, [2], (ref.layout.shape[0], ref.layout.shape[2], 1))
+    truth = op.shared("Cast", [column], column.shape, dtype=TensorProto.BOOL, to=TensorProto.BOOL)
+    return truth if entry.keep else op.shared("Not", [truth], column.shape)
+
+
+def _entries(bound: object) -> tuple[Entry, ...]:
+    """The parts of a `rest` capture; nothing for any other."""
+    return bound if isinstance(bound, tuple) and not isinstance(bound, Ref) else ()
+
+
+def _spread(ref: Ref, keep: int, full: Sequence[int] = ()) -> Ref:
+    """Make broadcast axes size 1, but for the last `keep`, which are to be written out, and those in `full`."""
+    layout = ref.layout
+    count = len(layout.axes) - keep
+    axes = tuple(
+        () if index < count and index not in full and all(source is None for source, *_ in axis) else axis
+        for index, axis in enumerate(layout.axes)
+    )
+    return Ref(ref.value, Layout(axes, layout.offsets, layout.source))
