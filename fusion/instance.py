@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, printer
 
 from fusion import plan as p
 from fusion.draw import Draw
@@ -61,36 +62,8 @@ class Instance:
 
 
 def text_of(model: ModelProto) -> str:
-    """A small model as lines a person can read."""
-    constants = {t.name: f"{t.name}{list(t.dims)}" for t in model.graph.initializer}
-    for tensor in model.graph.initializer:
-        array = numpy_array(tensor)
-        if array.size <= 4:
-            constants[tensor.name] = str(array.tolist())
-    inputs = ", ".join(
-        f"{value.name}[{', '.join(d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim)}]"
-        for value in model.graph.input
-    )
-    lines = [f"  inputs {inputs}; outputs {', '.join(value.name for value in model.graph.output)}"]
-    for node in model.graph.node:
-        names = ", ".join(constants.get(name, name) for name in node.input)
-        lines.append(f"  {', '.join(node.output)} = {node.op_type}({names}){_attributes(node)}")
-    return "\n".join(lines)
-
-
-def numpy_array(tensor: TensorProto) -> Array:
-    """The payload of a tensor."""
-    return numpy_helper.to_array(tensor)
-
-
-def _attributes(node: NodeProto) -> str:
-    given = {item.name: helper.get_attribute_value(item) for item in node.attribute}
-    shown = [
-        f"{name}={numpy_array(value).tolist() if isinstance(value, TensorProto) else value}"
-        for name, value in given.items()
-        if not isinstance(value, GraphProto)
-    ]
-    return f" {{{', '.join(shown)}}}" if shown else ""
+    """A small model as a person can read it, without the numbers of weights."""
+    return re.sub(r"\{[^{}\n]{60,}\}", "{…}", printer.to_text(model))
 
 
 def draw_instance(pattern: Pattern, draw: Draw, *, opset: int = 17, dtype: int = FLOAT) -> Instance:
@@ -239,15 +212,15 @@ class _Drawing:
         self.arrays[name] = array.astype(np.float64).reshape(sizes.merged(dims))
 
     def _rest(self, name: str, capture: Capture) -> None:
-        rest, traps = draw_rest(capture, self.sizes, self.draw, self.computed)
+        masks, traps = draw_rest(capture, self.sizes, self.draw, self.computed)
         self.traps.extend(traps)
-        self.arrays[name] = rest.total(len(self.sizes.shape(capture.dims or ())))
         labels = [label for group in self.sizes.groups(capture.dims or ()) for label in group]
-        written: list[Beside] = []
-        for index, mask in enumerate(rest.masks):
+        with np.errstate(all="ignore"):
+            self.arrays[name] = sum((mask.added() for mask in masks), np.zeros((1,) * len(labels)))
+        self.rests[name] = []
+        for index, mask in enumerate(masks):
             axes: Axes = tuple((label,) if label in mask.labels else () for label in labels)
-            written.append(self._beside(f"{name}{index}", mask, axes))
-        self.rests[name] = written
+            self.rests[name].append(self._beside(f"{name}{index}", mask, axes))
 
     def _beside(self, name: str, mask: Mask, axes: Axes) -> Beside:
         """One mask as an input, with the nodes that exporters write to make it fit."""

@@ -7,7 +7,7 @@ are not 1 / sqrt(d), masks of every fill, rows that are masked everywhere.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -199,31 +199,18 @@ class Mask:
     array: Array
     fill: float = 0.0
 
-
-@dataclass(slots=True)
-class Rest:
-    """What a `rest` capture stands for: its parts, innermost first."""
-
-    masks: list[Mask] = field(default_factory=list)
-
-    def total(self, rank: int) -> Array:
-        """All parts as one array to add, with `rank` axes, in double.
-
-        A fill that absorbs every score in the element type, or replaces it, has to do so in double.
-        """
-        total = np.zeros((1,) * rank)
-        for mask in self.masks:
-            absorbs = mask.kind == "where" or mask.fill < -3e4
-            fill = -1e300 if absorbs and np.isfinite(mask.fill) else mask.fill
-            added = mask.array if mask.kind == "bias" else np.where(mask.array, 0.0, fill)
-            with np.errstate(all="ignore"):
-                total = total + added
-        return total
+    def added(self) -> Array:
+        """What is added to scores, in double: what absorbs or replaces them in the element type does so there."""
+        if self.kind == "bias":
+            return self.array
+        absorbs = self.kind == "where" or self.fill < -3e4
+        return np.where(self.array, 0.0, -1e300 if absorbs and np.isfinite(self.fill) else self.fill)
 
 
-def draw_rest(capture: Capture, sizes: Sizes, draw: Draw, dtype: int) -> tuple[Rest, list[str]]:
-    """Masks and biases over the letters of a `rest` capture, and what is special about them."""
-    rest, traps = Rest(), []
+def draw_rest(capture: Capture, sizes: Sizes, draw: Draw, dtype: int) -> tuple[list[Mask], list[str]]:
+    """Masks and biases over the letters of a `rest` capture, innermost first, and what is special about them."""
+    masks: list[Mask] = []
+    traps: list[str] = []
     kinds = draw.choose((), ("fill",), ("where",), ("bias",), ("bias", "fill"), ("fill", "bias"), ("where", "bias"))
     smallest = float(np.finfo(helper.tensor_dtype_to_np_dtype(dtype)).min)
     for kind in kinds:
@@ -232,7 +219,7 @@ def draw_rest(capture: Capture, sizes: Sizes, draw: Draw, dtype: int) -> tuple[R
         kept = [label for label in labels[:-1] if draw.choose(False, True)] + labels[-1:]
         shape = [sizes.labels[label] if label in kept else 1 for label in labels]
         if kind == "bias":
-            rest.masks.append(Mask(kind, tuple(kept), draw_array(kind, shape, draw, dtype)))
+            masks.append(Mask(kind, tuple(kept), draw_array(kind, shape, draw, dtype)))
             continue
         rng = np.random.default_rng(draw.index(1 << 16))
         array = rng.random(shape) < 0.7
@@ -245,5 +232,5 @@ def draw_rest(capture: Capture, sizes: Sizes, draw: Draw, dtype: int) -> tuple[R
             array.reshape(-1, shape[-1])[draw.index(int(np.prod(shape[:-1])))] = False
             traps.append("a row is masked everywhere")
         traps.append(f"{kind} {fill:g}")
-        rest.masks.append(Mask(kind, tuple(kept), array, fill))
-    return rest, traps
+        masks.append(Mask(kind, tuple(kept), array, fill))
+    return masks, traps

@@ -10,14 +10,14 @@ compute is the pattern called on these arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
-from fusion.api import optimize, why
+from fusion.api import Place, optimize, why
 from fusion.compare import Comparison, compare, epsilon, is_float
 from fusion.draw import Draw
 from fusion.errors import ModelError
@@ -75,7 +75,7 @@ def check_instance(instance: Instance, *, target: str = "ort-cpu") -> Checked:
     Where something is special about it, the emissions may refuse it; then it still has to match.
     """
     name = instance.pattern.name
-    before = _run(instance.model, instance.feeds)
+    before = _run(Session(instance.model), instance.feeds)
     wrong = _differs(_single(instance.expected), _single(before))
     if wrong:
         return Checked(False, False, f"the spelled model does not compute the pattern: {wrong}")
@@ -85,15 +85,14 @@ def check_instance(instance: Instance, *, target: str = "ort-cpu") -> Checked:
         return Checked(False, True, f"matched {count} times")
     if count == 0:
         places = why(instance.model, instance.pattern, target=target).places
-        misses = [miss for place in places if place.nodes for miss in place.misses]
-        text = "; ".join(f"{miss.kind}: {miss.text}" for miss in misses)
         if not any(place.nodes for place in places):
-            near = "; ".join(f"{miss.kind}: {miss.text}" for place in places for miss in place.misses)
-            return Checked(False, False, f"no match: {near or 'and no near miss'}")
+            return Checked(False, False, f"no match; near it: {_text(places)}")
+        places = [place for place in places if place.nodes]
+        misses = [miss for place in places for miss in place.misses]
         if misses and all(miss.kind == GAIN for miss in misses):
             return Checked(True, False, "it stands there already")
         special = bool(instance.traps) or instance.dtype != TensorProto.FLOAT
-        return Checked(special and bool(misses) and misses[0].kind in REFUSALS, False, f"not written: {text}")
+        return Checked(special and bool(misses) and misses[0].kind in REFUSALS, False, f"not written: {_text(places)}")
     wrong = _changed(before, result.model, instance.feeds, instance.expected, dtype=instance.dtype)
     return Checked(not wrong, True, wrong)
 
@@ -105,9 +104,7 @@ def mutants(instance: Instance, draw: Draw | None = None) -> Iterator[Mutant]:
         instance: what to change.
         draw: where to change it; by default the first place there is.
     """
-    yield from mutants_of(
-        instance.model, instance.feeds, instance.interior, instance.results, draw or Draw(lambda count: 0)
-    )
+    yield from mutants_of(instance, draw or Draw(lambda count: 0))
 
 
 def check_mutant(instance: Instance, mutant: Mutant, *, target: str = "ort-cpu") -> Checked:
@@ -117,7 +114,7 @@ def check_mutant(instance: Instance, mutant: Mutant, *, target: str = "ort-cpu")
     part of the formula.
     """
     try:
-        before = _run(mutant.model, mutant.feeds)
+        before = _run(Session(mutant.model), mutant.feeds)
     except (Refused, ModelError):
         return Checked(True, False, "no valid model")
     result = optimize(mutant.model, patterns=[instance.pattern], target=target)
@@ -125,19 +122,17 @@ def check_mutant(instance: Instance, mutant: Mutant, *, target: str = "ort-cpu")
         wrong = _changed(before, result.model, mutant.feeds, dtype=instance.dtype)
         return Checked(not wrong, True, wrong)
     places = why(mutant.model, instance.pattern, target=target).places
-    misses = [miss for place in places for miss in place.misses]
-    text = "; ".join(f"{miss.kind}: {miss.text}" for miss in misses) or "nothing"
     refused = any(place.nodes for place in places) and "privacy" not in mutant.expects
-    named = any(miss.kind in mutant.expects for miss in misses) or refused
-    return Checked(named, False, text if named else f"expected {' or '.join(sorted(mutant.expects))}; why says {text}")
+    named = refused or any(miss.kind in mutant.expects for place in places for miss in place.misses)
+    return Checked(named, False, f"expected {' or '.join(sorted(mutant.expects))}; why says {_text(places)}")
 
 
-def _run(model: ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:
-    return Session(model).run({name: array for name, array in feeds.items() if _reads(model, name)})
+def _text(places: Sequence[Place]) -> str:
+    return "; ".join(f"{miss.kind}: {miss.text}" for place in places for miss in place.misses) or "nothing"
 
 
-def _reads(model: ModelProto, name: str) -> bool:
-    return any(value.name == name for value in model.graph.input)
+def _run(session: Session, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    return session.run({name: feeds[name] for name in session.inputs})
 
 
 def _changed(
@@ -157,7 +152,7 @@ def _changed(
         session = Session(model)
         if session.refusal:
             return f"the runtime refuses the rewritten model: {session.refusal}"
-        after = session.run({name: array for name, array in feeds.items() if _reads(model, name)})
+        after = _run(session, feeds)
     except Refused as refused:
         return f"the rewritten model does not run: {refused}"
     wrong = _differs(before, after, helper.tensor_dtype_to_np_dtype(dtype))
