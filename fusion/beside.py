@@ -13,6 +13,7 @@ from fusion.layout import Layout
 from fusion.masks import ABSORBING, keeps_a_key
 from fusion.place import int64
 from fusion.state import Entry
+from fusion.state import entries as entries_of
 from fusion.terms import Ref
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def _beside(op: Builder, found: Found, entry: Entry, keep: int) -> tuple[Ref, Op
 
 def guarded(op: Builder, found: Found, result: New) -> New:
     """See `Builder.guarded`."""
-    rest = [entry for bound in found.state.bound.values() for entry in _entries(bound)]
+    rest = [entry for bound in found.state.bound.values() for entry in entries_of(bound)]
     for entry in rest:
         if entry.kind == "zero":
             masks = [m for m in rest if m.kind == "mask" and (m.ref, m.keep) == (entry.ref, entry.keep)]
@@ -102,11 +103,6 @@ def _keeps(op: Builder, found: Found, entry: Entry) -> New:
     column = op.unsqueezed(kept, [2], (ref.layout.shape[0], ref.layout.shape[2], 1))
     truth = op.shared("Cast", [column], column.shape, dtype=TensorProto.BOOL, to=TensorProto.BOOL)
     return truth if entry.keep else op.shared("Not", [truth], column.shape)
-
-
-def _entries(bound: object) -> tuple[Entry, ...]:
-    """The parts of a `rest` capture; nothing for any other."""
-    return bound if isinstance(bound, tuple) and not isinstance(bound, Ref) else ()
 
 
 def _spread(ref: Ref, keep: int, full: Sequence[int] = ()) -> Ref:

@@ -27,8 +27,7 @@ from fusion.found import Found, New, NewNode, Unmet
 from fusion.graph import Graph, Node, Value
 from fusion.region import grounds
 from fusion.runtime import ONNXRUNTIME, REFERENCE, Refused, Session
-from fusion.state import State
-from fusion.terms import Ref
+from fusion.state import State, entries
 from fusion.verify import compute_precision
 
 Array = np.ndarray[Any, Any]
@@ -81,8 +80,7 @@ def apply_checked(
 
 def _masks(state: State) -> set[Value]:
     """The values that a match adds to scores, or chooses scores with."""
-    rests = [bound for bound in state.bound.values() if isinstance(bound, tuple) and not isinstance(bound, Ref)]
-    return {entry.ref.value for rest in rests for entry in rest if entry.kind != "clamp"}
+    return {entry.ref.value for bound in state.bound.values() for entry in entries(bound) if entry.kind != "clamp"}
 
 
 @dataclass(frozen=True, slots=True)

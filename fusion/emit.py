@@ -14,7 +14,6 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
 from fusion.beside import additive, guarded
-from fusion.captures import Token, parse
 from fusion.dims import Dim, product
 from fusion.found import Captured, Found, New, NewNode, Operand, Unmet
 from fusion.graph import Value
@@ -258,28 +257,15 @@ class Builder:
         Keys of 8 heads which two query heads each read, as `(k, "B T (H D)")`, are 4 heads (B, T, 4 D).
         """
         size = self._found.size(letter)
-        layouts: list[tuple[Captured, Layout, tuple[Token, ...]]] = []
-        repeats: list[Dim] = []
-        for captured, spec in forms:
-            tokens = parse(spec)[0]
-            layout = captured.along(" ".join(letters_of(tokens))).layout
-            last = layout.axes[letters_of(tokens).index(letter)][-1:]
-            repeats.append(last[0][2] if last and last[0][0] is None else 1)
-            layouts.append((captured, layout, tokens))
-        often = repeats[0] if all(r == repeats[0] and isinstance(r, int) for r in repeats) else 1
-        made: list[Operand] = []
-        for captured, layout, tokens in layouts:
-            names = letters_of(tokens)
-            axes = {
-                name: axis[:-1] if name == letter and often != 1 else axis
-                for name, axis in zip(names, layout.axes, strict=True)
-            }
-            groups = [[axes[name] for name in ((token,) if isinstance(token, str) else token)] for token in tokens]
-            merged = tuple(merge_neighbours(factor for axis in group for factor in axis) for group in groups)
-            made.append(
-                self.placed(Ref(captured.value, Layout(merged, layout.offsets, layout.source)), self._found.dtype)
-            )
-        return size // (often if isinstance(often, int) else 1), made
+        axes = [captured.by_letter() for captured, _ in forms]
+        repeats = {own[letter][-1][2] if own[letter] and own[letter][-1][0] is None else 1 for own in axes}
+        often = repeats.pop() if len(repeats) == 1 else 1
+        if not isinstance(often, int) or often == 1:
+            often = 1
+        else:
+            axes = [own | {letter: own[letter][:-1]} for own in axes]
+        laid = [captured.laid(own, spec) for (captured, spec), own in zip(forms, axes, strict=True)]
+        return size // often, [self.placed(ref, self._found.dtype) for ref in laid]
 
     def placed(self, ref: Ref, dtype: int | None) -> Operand:
         """A value in the axes of `ref`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,6 +241,20 @@ class Captured:
         Raises:
             Unmet: a merged axis cannot be split, because a size in it is unknown.
         """
+        return self.laid(self.by_letter(), spec)
+
+    def laid(self, axes: Mapping[str, Axis], spec: str) -> Ref:
+        """The source read along these axes, in the order and grouping of `spec`."""
+        wanted = [(token,) if isinstance(token, str) else token for token in parse(spec)[0]]
+        made = (merge_neighbours(factor for letter in group for factor in axes[letter]) for group in wanted)
+        return Ref(self.value, Layout(tuple(made), self.ref.layout.offsets, self.ref.layout.source))
+
+    def by_letter(self) -> dict[str, Axis]:
+        """What each letter of the capture runs over.
+
+        Raises:
+            Unmet: a merged axis cannot be split, because a size in it is unknown.
+        """
         found = self.found
         axes: dict[str, Axis] = {}
         for token, factors in zip(found.plan.captures[self.name].dims or (), self.ref.layout.axes, strict=True):
@@ -251,11 +265,11 @@ class Captured:
             known = rest is not None and sizes.count(None) <= 1
             groups = regroup(factors, [rest if size is None else size for size in sizes]) if known else None  # type: ignore[misc]
             if groups is None:
-                raise Unmet(f"{self.name} ({self.value.name}) cannot be split into {spec}", kind="dimension")
+                raise Unmet(
+                    f"{self.name} ({self.value.name}) cannot be split into {' '.join(letters)}", kind="dimension"
+                )
             axes.update(zip(letters, groups, strict=True))
-        wanted = [(token,) if isinstance(token, str) else token for token in parse(spec)[0]]
-        made = (merge_neighbours(factor for letter in group for factor in axes[letter]) for group in wanted)
-        return Ref(self.value, Layout(tuple(made), self.ref.layout.offsets, self.ref.layout.source))
+        return axes
 
     def standing(self, dtype: int | None) -> Value:
         """The value of the graph that lies in the axes of the capture, with this dtype.

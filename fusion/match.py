@@ -260,14 +260,10 @@ class Matcher:
 
     def _behind(self, atom: Atom) -> tuple[Ref, float] | None:
         """The value that a factor is a number of times, and the number; None where it is no multiple."""
-        if not isinstance(atom, Ref) or atom.value.producer is None:
+        if not isinstance(atom, Ref):
             return None
-        found = linear.behind(atom.value.producer, atom, self.view)
-        if found is None:
-            return None
-        ref, coef = self.view.peel(found[0]).ref, found[1]
-        inner = self._behind(ref)
-        return (ref, coef) if inner is None else (inner[0], coef * inner[1])
+        ref, coef = linear.without_numbers(atom, self.view, shared=True)
+        return None if ref == atom else (ref, coef)
 
     def _factors_of(self, factors: Factors) -> _Factors:
         known = self._products.get(id(factors))

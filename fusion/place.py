@@ -30,8 +30,7 @@ REACH = 48
 def standing(view: View, ref: Ref, dtype: int | None, at: Node) -> Value | None:
     """The value computed before `at` that lies exactly as `ref` says, in this dtype; None where there is none."""
     for value, layout in _rearranged(view, ref.value, at):
-        same = _agree(layout, ref.layout) or (value is ref.value and _is_whole(ref.layout))
-        if same and (dtype is None or view.facts.dtype(value) == dtype):
+        if _lies(value, layout, ref) and (dtype is None or view.facts.dtype(value) == dtype):
             return value
     return None
 
@@ -40,9 +39,14 @@ def nearest(view: View, source: Value, wanted: Sequence[Layout], at: Node) -> in
     """Which of these layouts over `source` is that of the nearest value in one of them; None where there is no such."""
     for value, layout in _rearranged(view, source, at):
         for index, own in enumerate(wanted):
-            if _agree(layout, own) or (value is source and _is_whole(own)):
+            if _lies(value, layout, Ref(source, own)):
                 return index
     return None
+
+
+def _lies(value: Value, layout: Layout, ref: Ref) -> bool:
+    """Whether a value, of this layout over the source of `ref`, lies as `ref` says."""
+    return _agree(layout, ref.layout) or (value is ref.value and _is_whole(ref.layout))
 
 
 def _agree(have: Layout, wanted: Layout) -> bool:

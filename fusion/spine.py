@@ -11,6 +11,7 @@ from fusion.graph import Node
 from fusion.language import letters_of
 from fusion.laws import linear, ring
 from fusion.state import Context, Entry, State
+from fusion.state import entries as entries_of
 from fusion.terms import Item, Prod, Ref
 from fusion.verdict import Verdict
 
@@ -107,16 +108,12 @@ class Spine:
                 return
             placed.append(entry._replace(ref=Ref(entry.ref.value, viewed)))
         bound = state.copy()
-        bound.bound[self.name] = (*placed, *self._known(state))
+        bound.bound[self.name] = (*placed, *entries_of(state.bound.get(self.name)))
         yield bound
 
     def outermost(self, entry: Entry, state: State) -> Iterator[State]:
         """Put one more part before those that are bound."""
         yield from self._bind((entry,), state)
-
-    def _known(self, state: State) -> tuple[Entry, ...]:
-        known = state.bound.get(self.name, ())
-        return known if isinstance(known, tuple) and not isinstance(known, Ref) else ()
 
 
 def _is_full(main: Ref, result: Ref) -> bool:

@@ -49,6 +49,11 @@ class Entry(NamedTuple):
 Bound = Ref | float | tuple[Entry, ...]
 
 
+def entries(bound: Bound | None) -> tuple[Entry, ...]:
+    """The parts of a `rest` capture; nothing for any other (a reference is a tuple, too)."""
+    return bound if isinstance(bound, tuple) and not isinstance(bound, Ref) else ()
+
+
 @dataclass(slots=True)
 class State:
     """What one branch of the search has bound. Copied where it branches.

@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 OPERATORS = frozenset({"Mul", "Div", "Neg"})
 
 
-def without_numbers(ref: Ref, view: View) -> tuple[Ref, float]:
+def without_numbers(ref: Ref, view: View, *, shared: bool = False) -> tuple[Ref, float]:
     """Take the numbers off an operand of a contraction: the reference behind them, and their product.
 
-    What others read too stays as it is: the number is of use to them.
+    What others read too stays as it is, unless `shared`: the number is of use to them.
     """
     coef = 1.0
     while True:
         peeled = view.peel(ref)
         ref = peeled.ref
         node = ref.value.producer
-        following = behind(node, ref, view) if node is not None and peeled.private else None
+        following = behind(node, ref, view) if node is not None and (peeled.private or shared) else None
         if following is None:
             return ref, coef
         ref, coef = following[0], coef * following[1]
