@@ -30,10 +30,14 @@ MICROSOFT = "com.microsoft"
 
 
 class Builder:
-    """Builds the new nodes of one match: `op.Gelu(found.x)`, `op.microsoft.Gelu(found.x)`."""
+    """Builds the new nodes of one match: `op.Gelu(found.x)`, `op.microsoft.Gelu(found.x)`.
 
-    def __init__(self, found: Found, domain: str = "") -> None:
+    A node for which the target has no kernel, for its dtypes and the model's opset, is raised as `Unmet`.
+    """
+
+    def __init__(self, found: Found, target: Target, domain: str = "") -> None:
         self._found = found
+        self._target = target
         self._domain = domain
         self.nodes: list[NewNode] = []
         self.inputs: list[Value] = []
@@ -45,7 +49,7 @@ class Builder:
 
     def of(self, domain: str) -> Builder:
         """The same builder for the operators of another domain."""
-        other = Builder(self._found, domain)
+        other = Builder(self._found, self._target, domain)
         other.nodes, other.inputs = self.nodes, self.inputs
         return other
 
@@ -56,11 +60,22 @@ class Builder:
         def build(*inputs: Any, outputs: int = 1, dtype: int | None = None, **attributes: object) -> Any:
             made = [New(None) for _ in range(outputs)]
             operands = [self._operand(value) for value in inputs]
-            self.nodes.append(NewNode(op, self._domain, operands, made, attributes))
             made[0].dtype = dtype or next((d for o in operands if (d := self._dtype(o)) is not None), None)
+            self._add(NewNode(op, self._domain, operands, made, attributes))
             return made[0] if outputs == 1 else tuple(made)
 
         return build
+
+    def _add(self, node: NewNode) -> None:
+        version = 1 if node.domain else self._found.opset
+        dtypes = [self._dtype(operand) for operand in node.inputs]
+        asked = (node.op, node.domain, version, dtypes, node.outputs[0].dtype)
+        reason = self._target.refuses(*asked)
+        if reason is None and TensorProto.DOUBLE in dtypes and self._target.route(*asked) == "expanded":
+            reason = f"{node.op} has no kernel for double: it would be computed in float"
+        if reason is not None:
+            raise Unmet(reason, kind="kernel", place=self._found.root.name)
+        self.nodes.append(node)
 
     def _dtype(self, operand: Operand) -> int | None:
         if isinstance(operand, New):
@@ -292,7 +307,7 @@ class Builder:
         for operand in inputs:
             if isinstance(operand, Value):
                 self.inputs.append(operand)
-        self.nodes.append(NewNode(op, "", inputs, [made], attributes, shared=True))
+        self._add(NewNode(op, "", inputs, [made], attributes, shared=True))
         return made
 
     def unsqueezed(self, operand: Operand, axes: list[int], shape: tuple[Dim, ...]) -> New:
@@ -379,23 +394,6 @@ class Builder:
         if made is None:
             raise self.unmet(f"{found.root.name} does not lie in axes that the fused node's result has", found.root)
         return made
-
-    def require_kernels(self, target: Target) -> None:
-        """Every new node has a kernel on the target, for its dtype and the model's opset.
-
-        Raises:
-            Unmet: one has none.
-        """
-        for node in self.nodes:
-            version = 1 if node.domain else self._found.opset
-            dtypes = [self._dtype(operand) for operand in node.inputs]
-            reason = target.refuses(node.op, node.domain, version, dtypes, node.outputs[0].dtype)
-            if reason is None and TensorProto.DOUBLE in dtypes:
-                route = target.route(node.op, node.domain, version, dtypes, node.outputs[0].dtype)
-                if route == "expanded":
-                    reason = f"{node.op} has no kernel for double: it would be computed in float"
-            if reason is not None:
-                raise Unmet(reason, kind="kernel", place=self._found.root.name)
 
     def unmet(self, text: str, value: Value) -> Unmet:
         """The error for a value that cannot be brought into the axes wanted."""

@@ -55,7 +55,7 @@ class Node:
     key: str = field(init=False)  # the operator with its domain: `Gelu`, `com.microsoft::Gelu`
     inputs: list[Value | None] = field(default_factory=list)  # None for an optional one that is left out
     outputs: list[Value | None] = field(default_factory=list)
-    bodies: list[Scope] = field(default_factory=list)  # of its graph attributes
+    bodies: tuple[Scope, ...] = ()  # of its graph attributes
 
     def __post_init__(self) -> None:
         self.op = self.key = self.proto.op_type
@@ -219,7 +219,7 @@ class Index:
             by_op[node.key][node] = None
             for body in bodies(proto) if proto.attribute else ():
                 inner = Scope(body, scope.opsets, scope, node)
-                node.bodies.append(inner)
+                node.bodies += (inner,)
                 self._index(inner)
 
     def _define(self, scope: Scope, name: str, producer: Node | None = None, slot: int = 0) -> Value:

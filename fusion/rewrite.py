@@ -404,13 +404,12 @@ class Rewriter:
             misses: list[Miss] = []
             for emission in self.emissions(choice.plan.pattern):
                 found = Found(self.view, choice.plan, choice.ref, choice.root, choice.state, choice.region)
-                builder = Builder(found)
+                builder = Builder(found, self.target)
                 try:
                     returned = emission.build(found, builder)
                     outputs: tuple[New, ...] = returned if isinstance(returned, tuple) else (returned,)
                     results = [builder.in_root_axes(output) for output in outputs]
                     found.require_order(builder.inputs)
-                    builder.require_kernels(self.target)
                     found.require_gain(builder.nodes)
                 except Unmet as unmet:
                     misses.append(unmet.miss)
