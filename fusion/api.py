@@ -21,8 +21,9 @@ from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
 from fusion.model import load, save
 from fusion.opset import convert
+from fusion.outcome import NearMiss, Rewritten, verdict_of
 from fusion.report import Report, table
-from fusion.rewrite import NearMiss, Rewriter, Rewritten, verdict_of
+from fusion.rewrite import Rewriter
 from fusion.simplify import GROUP, RULES, Simplifier
 from fusion.state import Miss
 from fusion.targets import Target, target_named
@@ -207,11 +208,11 @@ def optimize(
             before = sum(1 for _ in graph.nodes())
         rewriter = Rewriter(graph, chosen, aim, check=check)
         outcome = rewriter.outcome
-        timings["simplify"] = _rewrite(rewriter, Simplifier(graph, rewriter.facts, rules, outcome.rewritten))
+        timings["simplify"] = _rewrite(rewriter, Simplifier(graph, rewriter.search.facts, rules, outcome.rewritten))
         timings.update(outcome.seconds)
         with timed("explain"):
             known = {miss.root for miss in outcome.near}
-            near = [*outcome.near, *_explained(Explainer(rewriter), NEAR_MISSES, known)]
+            near = [*outcome.near, *_explained(Explainer(rewriter.search), NEAR_MISSES, known)]
         after = sum(1 for _ in graph.nodes())
         with timed("save"):
             graph.commit()
@@ -231,13 +232,13 @@ def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target
         ModelError, TargetError, PatternError: as `optimize` does.
     """
     rewriter = _rewriter(source, patterns, target)
-    return [place for place in _matches(rewriter, Explainer(rewriter)) if place.verdict is Verdict.YES]
+    return [place for place in _matches(rewriter, Explainer(rewriter.search)) if place.verdict is Verdict.YES]
 
 
 def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort-cpu") -> Explanation:
     """Where a pattern matches in a model and, for every place where it nearly does, what keeps it from it."""
     rewriter = _rewriter(source, None if pattern is None else [pattern], target)
-    explainer = Explainer(rewriter)
+    explainer = Explainer(rewriter.search)
     places = _matches(rewriter, explainer)
     matched = {place.root for place in places}
     for near in _explained(explainer, None, matched):
@@ -259,7 +260,7 @@ def _rewrite(rewriter: Rewriter, simplifier: Simplifier) -> float:
         if not changed:
             break
         fused = len(rewriter.outcome.rewritten)
-        rewriter.forget()
+        rewriter.search.forget()
         rewriter.run()
         if len(rewriter.outcome.rewritten) == fused:
             break
@@ -292,10 +293,10 @@ def _matches(rewriter: Rewriter, explainer: Explainer) -> list[Place]:
 def _explained(explainer: Explainer, limit: int | None, known: set[str]) -> list[NearMiss]:
     """The nearest misses around anchors; with a limit, only around so many that are of the pattern."""
     found: dict[tuple[str, str], NearMiss] = {}
-    for plan in explainer.rewriter.plans:
+    for plan in explainer.search.plans:
         if limit is not None and plan.pattern.is_last:
             continue  # any product is nearly one of these
-        for anchor in explainer.anchors(plan) if limit is None else explainer.rewriter.anchors(plan)[:limit]:
+        for anchor in explainer.anchors(plan) if limit is None else explainer.search.anchors(plan)[:limit]:
             for near in explainer.explain(plan, anchor):
                 key = (near.pattern, near.root)
                 if near.root not in known and (key not in found or near.unmet < found[key].unmet):

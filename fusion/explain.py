@@ -11,9 +11,10 @@ from fusion.graph import Node, Value
 from fusion.language import Pattern
 from fusion.laws.ring import LIKE_SUMS
 from fusion.match import FAR, Matcher
+from fusion.outcome import NearMiss, verdict_of
 from fusion.plan import Plan, alike
 from fusion.region import Region, region_of
-from fusion.rewrite import CHOICES, NearMiss, Rewriter, verdict_of
+from fusion.search import CHOICES, Search
 from fusion.state import Miss
 from fusion.verdict import Verdict
 from fusion.view import LAYOUTS, View
@@ -33,11 +34,11 @@ class Explainer:
     """Finds near misses in one graph.
 
     Args:
-        rewriter: of the graph, whose plans are explained.
+        search: of the graph, whose plans are explained.
     """
 
-    def __init__(self, rewriter: Rewriter) -> None:
-        self.rewriter = rewriter
+    def __init__(self, search: Search) -> None:
+        self.search = search
         self.covered: set[Node] = set()
         """Nodes of matches: nothing nearly ends among them."""
         self._views: dict[Value, View] = {}
@@ -45,7 +46,7 @@ class Explainer:
 
     def anchors(self, plan: Plan) -> list[Node]:
         """The anchors of a plan, with what may stand in the place of the right one: Tanh where Erf should."""
-        by_op = self.rewriter.graph.by_op
+        by_op = self.search.graph.by_op
         parts = [[node for op in sorted(alike(spelled)) for node in by_op.get(op, ())] for spelled in plan.anchors]
         nodes = min((nodes for nodes in parts if nodes), key=len, default=[])
         return sorted(nodes, key=lambda node: (node.scope.name, node.position))
@@ -84,7 +85,7 @@ class Explainer:
         near = [anchor]
         for node in near:
             for value in filter(None, (*node.inputs, *node.outputs)):
-                if self.rewriter.facts.shape(value) is None:
+                if self.search.facts.shape(value) is None:
                     text = f"expected a known rank, found none for {value.name}"
                     miss = Miss("dimension", text, Verdict.UNKNOWN, 1, value.name)
                     return [NearMiss(plan.pattern.name, value.name, (miss,), plan.weight)]
@@ -96,7 +97,7 @@ class Explainer:
         """Who else reads what would be inside a larger match than the one at this root."""
         found: dict[Miss, None] = {}
         view = self._view(root)
-        for plan in (plan for plan in self.rewriter.plans if plan.pattern is pattern):
+        for plan in (plan for plan in self.search.plans if plan.pattern is pattern):
             for _, state in islice(Matcher(view, plan).match(root), CHOICES):
                 region = region_of(view, root, state)
                 if isinstance(region, Miss) and region.kind == "privacy":
@@ -107,7 +108,7 @@ class Explainer:
         """For each root the nearest miss of at most so much weight; one without misses where the plan matches."""
         found: list[NearMiss] = []
         for root in roots:
-            ways = [self._least(view, plan, root, limit) for view in (self._view(root), self.rewriter.view)]
+            ways = [self._least(view, plan, root, limit) for view in (self._view(root), self.search.view)]
             known = [misses for misses in ways if misses is not None]
             if known:
                 found.append(NearMiss(plan.pattern.name, root.name, min(known, key=_weight), plan.weight))
@@ -121,10 +122,10 @@ class Explainer:
         last |= LAYOUTS if plan.inner else frozenset()
         fits = [
             (value.producer.position, value)
-            for value in self.rewriter.above(wide, anchor)
+            for value in self.search.above(wide, anchor)
             if value.producer is not None
             and value.producer not in self.covered
-            and (value.producer.key in last or self.rewriter.may_be_root(plan, value))
+            and (value.producer.key in last or self.search.may_be_root(plan, value))
         ]
         return [value for _, value in sorted(fits, key=lambda found: found[0], reverse=True)]
 
@@ -138,7 +139,7 @@ class Explainer:
                 if node is not None and node not in cone:
                     cone[node] = None
                     stack.extend(value for value in node.inputs if value is not None)
-            self._views[root] = View(self.rewriter.graph, self.rewriter.facts, within=cone)
+            self._views[root] = View(self.search.graph, self.search.facts, within=cone)
         return self._views[root]
 
     def _least(self, view: View, plan: Plan, root: Value, limit: int) -> tuple[Miss, ...] | None:

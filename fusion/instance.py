@@ -14,8 +14,7 @@ from fusion import plan as p
 from fusion.draw import Draw
 from fusion.language import ELLIPSIS, Capture, Dims, Pattern
 from fusion.laws import noise
-from fusion.plan import Plan
-from fusion.rewrite import plans_of
+from fusion.plan import Plan, plans_of
 from fusion.sample import Array, Mask, Sizes, draw_array, draw_number, draw_rest, draw_sizes, is_parameter
 from fusion.spell import Beside, Captures, Given, Speller, atoms, fill_in
 from fusion.spell_layout import transpose

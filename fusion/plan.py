@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from fusion.errors import PatternError
@@ -168,8 +169,9 @@ class Plan:
         return isinstance(atom, Var) and self.captures[atom.name].kind == kind
 
 
-def compile_pattern(pattern: Pattern) -> list[Plan]:
-    """Return the plans of a pattern, the opened reading first."""
+@cache
+def plans_of(pattern: Pattern) -> tuple[Plan, ...]:
+    """The plans of a pattern, the opened reading first."""
     plans: list[Plan] = []
     decisions: list[int] = []
     while True:
@@ -196,7 +198,7 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
         while decisions and decisions[-1] + 1 >= builder.taken[len(decisions) - 1][1]:
             decisions.pop()
         if not decisions:
-            return plans
+            return tuple(plans)
         decisions[-1] += 1
 
 

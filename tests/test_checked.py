@@ -233,12 +233,12 @@ def test_after_a_refused_rewrite_the_graph_is_as_it_was(case: str) -> None:
     assert rewriter.run().rewritten == []
     assert state(graph) == before
     fresh = Facts(graph)
-    while fresh.learn() | rewriter.facts.learn():
+    while fresh.learn() | rewriter.search.facts.learn():
         pass
     for value in before[2]:  # type: ignore[index]
-        assert rewriter.facts.shape(value) == fresh.shape(value)
-        assert rewriter.facts.number(value) == fresh.number(value)
-        assert rewriter.facts.through(value) == fresh.through(value)
+        assert rewriter.search.facts.shape(value) == fresh.shape(value)
+        assert rewriter.search.facts.number(value) == fresh.number(value)
+        assert rewriter.search.facts.through(value) == fresh.through(value)
     assert not graph.commit()
 
 

@@ -14,8 +14,8 @@ from fusion.graph import Graph
 from fusion.language import erf, mean, optional, pattern, scalar, sqrt, tanh
 from fusion.match import Matcher
 from fusion.model import load
-from fusion.rewrite import Rewriter, plans_of
-from fusion.targets import target_named
+from fusion.plan import plans_of
+from fusion.search import Search
 from fusion.terms import Ref
 from fusion.verdict import Verdict
 
@@ -51,13 +51,9 @@ def twice(x, y):
     return erf(x) * tanh(x * y)
 
 
-def rewriter(model, *patterns) -> Rewriter:
-    return Rewriter(Graph(load(model)), patterns, target_named("ort-cpu"))
-
-
 def matches(model, pattern, value: str = "y") -> list[dict[str, object]]:
     """What every plan of a pattern binds at a value, captures by the names of the values they bind."""
-    found = rewriter(model, pattern)
+    found = Search(Graph(load(model)), [pattern])
     root = found.graph.main.values[value]
     bound = []
     for plan in plans_of(pattern):
@@ -68,7 +64,7 @@ def matches(model, pattern, value: str = "y") -> list[dict[str, object]]:
 
 def nearest(model, pattern, value: str = "y"):
     """The misses of the branch with the least unmet weight, over all plans."""
-    found = rewriter(model, pattern)
+    found = Search(Graph(load(model)), [pattern])
     root = found.graph.main.values[value]
     states = [state for plan in plans_of(pattern) for _, state in Matcher(found.view, plan, record=True).match(root)]
     return min(states, key=lambda state: state.unmet).misses

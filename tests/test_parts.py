@@ -15,7 +15,7 @@ from fusion.language import concat, join, pattern, pieces
 from fusion.layout import Layout
 from fusion.model import load
 from fusion.parts import appended, joined
-from fusion.plan import Concat, Join, Piece, Var, compile_pattern
+from fusion.plan import Concat, Join, Piece, Var, plans_of
 from fusion.terms import Ref
 from fusion.view import View
 
@@ -52,7 +52,7 @@ def test_a_call_cuts_the_callers_capture():
     def outer(y, c, rest):
         return concat((_swapped(y, c), rest), "... D")
 
-    (plan,) = compile_pattern(outer)
+    (plan,) = plans_of(outer)
     atom = plan.root.single
     assert isinstance(atom, Concat)
     assert (atom.dims, atom.letters) == (("...", "D"), ("", "T"))
@@ -89,7 +89,7 @@ def test_pieces_of_a_formula_are_refused():
         return _swapped(_swapped(x, c), c)
 
     with pytest.raises(PatternError, match="which is no whole capture"):
-        compile_pattern(outer)
+        plans_of(outer)
 
 
 # Layouts -------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from onnx import FunctionProto, NodeProto, TensorProto, numpy_helper
 from fusion.apply import PATTERN, REPLACED
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Scope, Value
-from fusion.rewrite import Rewritten
+from fusion.outcome import Rewritten
 from fusion.simplify.purity import Removable
 
 Array = np.ndarray[Any, Any]

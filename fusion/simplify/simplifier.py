@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from fusion.facts import Facts, constants
 from fusion.graph import Graph, Node, Scope, Value
 from fusion.graph import _in_order as in_order
-from fusion.rewrite import Rewritten
+from fusion.outcome import Rewritten
 from fusion.simplify import branch, collapse, common, dead, folding, identity, sizes
 from fusion.simplify.edits import Editor
 from fusion.simplify.purity import is_mergeable
