@@ -7,8 +7,8 @@ goes on, so that the branch with the least unmet weight explains what keeps a su
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
 
 from onnx import TensorProto
 
@@ -16,43 +16,39 @@ from fusion import parts
 from fusion import plan as p
 from fusion.axes import Axes
 from fusion.congruence import same
-from fusion.describe import describe, describe_item, spell_dims
+from fusion.describe import spell_dims
 from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.laws import guards, linear, reduction, ring
 from fusion.layout import Layout
 from fusion.plan import SPELLINGS, UNARY, Plan, alike
+from fusion.products import Products
 from fusion.schema import attribute, extra_attributes
 from fusion.spine import Spine
 from fusion.state import Context, Entry, Miss, State
+from fusion.sums import Sums
 from fusion.terms import (
     Atom,
     Contract,
-    Factors,
     Group,
     Item,
     Prod,
     Reduce,
     Ref,
     Sum,
-    leaf,
-    multiply,
-    number,
-    power,
     recut,
     references,
 )
 from fusion.verdict import Verdict
-from fusion.view import MERGED, View
+from fusion.view import View
 
+Part = TypeVar("Part", contravariant=True)
 K = TypeVar("K", Reduce, Contract)
 
 TOLERANCE: dict[int, float] = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 8e-3, TensorProto.DOUBLE: 1e-7}
 """Relative error allowed in a constant, by the dtype it is computed in; 1e-5 for float: exporters round 1.41421."""
 
 LOOSEST = max(TOLERANCE.values())
-
-ELEMENTWISE = MERGED | UNARY | ring.LIKE_SUMS
 
 FAR = 8
 """How much may be unmet in what is explained."""
@@ -61,44 +57,20 @@ RECORD_STEPS = 400
 """How far a recording search goes on one anchor; explanations need not be exhaustive."""
 
 
-class _Factors(NamedTuple):
-    """The factors of a plan's term by how they match: sorted out once, for a plan meets thousands of values.
+class Parts(Protocol[Part]):
+    """Factors or summands, to which captures may be bound."""
 
-    Attributes:
-        formulas: in the order in which they are tried.
-        variables: captures other than a scalar.
-        scalar: the capture that takes up the coefficient.
-        least, most: how many factors a value must have.
-        opened: how many of these may be no value of the graph, such as a sum: no capture and no operator matches one.
-    """
+    @property
+    def noun(self) -> str:
+        """What one of them is called."""
 
-    formulas: list[tuple[Atom, float]]
-    variables: list[tuple[p.Var, float]]
-    scalar: tuple[str, float] | None
-    least: int
-    most: int
-    opened: int
+    def bindable(
+        self, variable: p.Var, number: float, part: Part, state: State, place: str
+    ) -> Iterator[tuple[Ref, State]]:
+        """The value that a capture may bind of a part, and the state in which it does."""
 
-
-class _Summands(NamedTuple):
-    """The summands of a plan's sum by how they match.
-
-    Attributes:
-        formulas: in the order in which they are tried.
-        variables: captures other than a scalar, with their coefficients.
-        scalar: the capture that takes up the constant.
-        core: the one summand that must be there, where all others are optional.
-        spine: the formula and the `rest` capture of a sum that is nothing else.
-        least, most: how many summands a value must have.
-    """
-
-    formulas: list[Item]
-    variables: list[tuple[p.Var, float]]
-    scalar: tuple[p.Var, float] | None
-    core: Prod | None
-    spine: tuple[Item, p.Var] | None
-    least: int
-    most: int
+    def described(self, part: Part) -> str:
+        """A part in words."""
 
 
 class Matcher:
@@ -121,9 +93,9 @@ class Matcher:
         self.limit = 0
         self._root: Value | None = None
         self._tolerance = 0.0
-        self._place = ""
-        self._products: dict[int, tuple[Factors, _Factors]] = {}
-        self._sums: dict[int, tuple[Sum, _Summands]] = {}
+        self.place = ""
+        self.products = Products(self)
+        self.sums = Sums(self)
 
     def match(self, value: Value) -> Iterator[tuple[Ref, State]]:
         """Yield the ways the plan matches at `value`: its reference with the axes split as the result names them."""
@@ -173,7 +145,8 @@ class Matcher:
             missed.misses = (*state.misses, note)
             yield missed
 
-    def _close(self, expected: float, found: float) -> bool:
+    def close(self, expected: float, found: float) -> bool:
+        """Whether two constants are equal as closely as exporters round them."""
         if expected == found:
             return True
         if abs(expected - found) > LOOSEST * max(abs(expected), abs(found)) + 1e-12:
@@ -183,7 +156,7 @@ class Matcher:
             self._tolerance = TOLERANCE.get(dtype or 0, 1e-5)
         return math.isclose(expected, found, rel_tol=self._tolerance, abs_tol=1e-12)
 
-    # -- products ---------------------------------------------------------------------------------------------------
+    # -- operands ---------------------------------------------------------------------------------------------------
 
     def child(self, term: Prod, given: Ref | Prod, context: Context, state: State) -> Iterator[State]:
         """Match an operand: a capture binds the value itself, a formula is matched against its term."""
@@ -202,219 +175,18 @@ class Matcher:
             for matched, _ in self.atom(single, self.view.source(given), context, state, False):
                 yield matched
         elif isinstance(given, Ref):
-            opened = (self.view.expand if self._factors_of(term.factors).formulas else self.view.factor)(given)
-            yield from self.product(term, opened, context, state, given.value.name)
+            opened = (self.view.expand if self.products.plan_of(term.factors).formulas else self.view.factor)(given)
+            yield from self.products.match(term, opened, context, state, given.value.name)
             if isinstance(single, Sum) and (grouped := ring.one_level(given, self.view)) not in (None, opened):
-                yield from self.product(term, grouped, context, state, given.value.name)
+                yield from self.products.match(term, grouped, context, state, given.value.name)
         else:
-            yield from self.product(term, given, context, state, "")
+            yield from self.products.match(term, given, context, state, "")
 
-    def product(self, term: Prod, given: Prod, context: Context, state: State, place: str) -> Iterator[State]:
-        """Match coefficient and factors; the one scalar capture among the factors takes up the coefficient."""
-        single = term.single
-        if isinstance(single, Sum):
-            core = self._summands_of(single).core
-            if core is not None:
-                yield from self.product(core, given, context, state, place)
-        formulas, variables, scalar, *_ = parts = self._factors_of(term.factors)
-        if not self.record and not _may_fit(parts, given.factors):
-            return
-        if self.record and (spread := _spread(term)) is not None:
-            whole = given.single
-            ways: Iterator[tuple[State, float]] = iter(())
-            if isinstance(whole, Sum):
-                ways = self.sum(spread, whole, context, state, place)
-            elif isinstance(whole, Ref):
-                ways = self._no_sum(spread, whole, context, state)
-            for matched, scale in ways:
-                yield from self._coefficient(1.0, None, scale, matched, place)
-        self._place = place or self._place
-        if self.record and formulas:
-            yield from self._unknown(term, given, state, place)
-        if scalar is None and len(formulas) == 1 and not variables and given.coef != 1.0:
-            given = _distribute(formulas[0], given)
-        free = scalar is not None and scalar[0] not in state.bound
-        whole = False
-        for found, scale in self._formulas(formulas, list(given.factors), given.coef, context, state, free, place):
-            rest, matched = found
-            for done in self._variables(variables, rest, context, matched, place):
-                for finished in self._coefficient(term.coef, scalar, given.coef * scale, done, place):
-                    whole = whole or finished.misses is state.misses
-                    yield finished
-        if not whole and scalar is None and (opened := self._opened(given)) is not None:
-            yield from self.product(term, opened, context, state, place)
-
-    def _opened(self, given: Prod) -> Prod | None:
-        """The product with the numbers of its shared factors taken out; None where none of them has one.
-
-        In h + h erf(x) with h = x / 2, the number of the product is in h.
-        """
-        numbered = [self._behind(atom) for atom, _ in given.factors]
-        if not any(numbered):
-            return None
-        parts = [number(given.coef)]
-        for (atom, exponent), behind in zip(given.factors, numbered, strict=True):
-            inner = leaf(atom) if behind is None else Prod(behind[1], ((behind[0], 1.0),))
-            parts.append(power(inner, exponent) or Prod(1.0, ((atom, exponent),)))
-        return multiply(*parts)
-
-    def _behind(self, atom: Atom) -> tuple[Ref, float] | None:
-        """The value that a factor is a number of times, and the number; None where it is no multiple."""
-        if not isinstance(atom, Ref):
-            return None
-        ref, coef = linear.without_numbers(atom, self.view, shared=True)
-        return None if ref == atom else (ref, coef)
-
-    def _factors_of(self, factors: Factors) -> _Factors:
-        known = self._products.get(id(factors))
-        if known is not None:
-            return known[1]
-        formulas: list[tuple[Atom, float]] = []
-        kept: list[tuple[Atom, float]] = []
-        variables: list[tuple[p.Var, float]] = []
-        scalar: tuple[str, float] | None = None
-        optional = 0
-        for atom, exponent in factors:
-            if isinstance(atom, p.Kept):  # it binds captures only: what binds letters comes first
-                kept.append((atom, exponent))
-            elif not isinstance(atom, p.Var):
-                formulas.append((atom, exponent))
-            elif self.plan.captures[atom.name].kind == "scalar":
-                scalar = (atom.name, exponent)
-            else:
-                variables.append((atom, exponent))
-                optional += self.plan.captures[atom.name].kind != "tensor"
-        formulas += kept
-        most = len(formulas) + len(variables)
-        opened = sum(not isinstance(atom, p.Op | p.Softmax | p.Fused | p.Kept) for atom, _ in formulas)
-        parts = _Factors(formulas, variables, scalar, most - optional, most, opened)
-        self._products[id(factors)] = factors, parts
-        return parts
-
-    def _formulas(
-        self,
-        formulas: list[tuple[Atom, float]],
-        given: list[tuple[Atom, float]],
-        coef: float,
-        context: Context,
-        state: State,
-        free: bool,
-        place: str,
-    ) -> Iterator[tuple[tuple[list[tuple[Atom, float]], State], float]]:
-        """Assign each formula a factor; yield the factors left, the state, and the scale the factors carry."""
-        if not formulas:
-            yield (given, state), 1.0
-            return
-        (atom, exponent), others = formulas[0], formulas[1:]
-        found = False
-        for index, (candidate, own) in enumerate(given):
-            if own != exponent and not self._close(own, exponent):
-                continue
-            remaining = given[:index] + given[index + 1 :]
-            for matched, scale in self.atom(atom, candidate, context, state, free):
-                found = found or matched.misses is state.misses
-                share = _power(scale, exponent)
-                states: Iterator[State] = iter((matched,))
-                if share is None:
-                    states = self.miss(matched, "constant", describe(atom, exponent), f"{scale:g} times", 1, place)
-                for current in states:
-                    for rest, more in self._formulas(others, remaining, coef, context, current, free, place):
-                        yield rest, (1.0 if share is None else share) * more
-        if self.record and not found:
-            for index, (candidate, own) in enumerate(given):
-                remaining = given[:index] + given[index + 1 :]
-                for matched, scale in self._nearly(atom, exponent, candidate, own, context, state, free):
-                    for rest, more in self._formulas(others, remaining, coef, context, matched, free, place):
-                        yield rest, (_power(scale, exponent) or 1.0) * more
-            kinds = ", ".join(describe(candidate, own) for candidate, own in given) or f"the number {coef:g}"
-            lost = p.weight(Prod(1.0, ((atom, exponent),)))
-            for missed in self.miss(state, "operator", describe(atom, exponent), kinds, lost, place):
-                for rest, more in self._formulas(others, given, coef, context, missed, free, place):
-                    yield rest, more
-
-    def _unknown(self, term: Prod, given: Prod, state: State, place: str) -> Iterator[State]:
-        """A fact is missing that would tell whether a part of the formula is there."""
-        for atom, _ in given.factors:
-            fact = self.view.unknown(atom) if isinstance(atom, Ref) else ""
-            if fact:
-                lost = min(p.weight(term), 2)  # nothing speaks against it
-                yield from self.miss(state, "dimension", "a formula", fact, lost, place, Verdict.UNKNOWN)
-
-    def _nearly(
-        self, atom: Atom, exponent: float, given: Atom, own: float, context: Context, state: State, free: bool
-    ) -> Iterator[tuple[State, float]]:
-        """Match, to explain, a factor of another exponent, or what lies below a function of one value."""
-        wanted, found, place = describe(atom, exponent), describe(given, own), self._name(given)
-        if own != exponent:
-            for missed in self.miss(state, "constant", wanted, found, 1, place):
-                yield from self.atom(atom, given, context, missed, free)
-        node = given.value.producer if isinstance(given, Ref) else None
-        if isinstance(given, Ref) and node is not None and node.key in ELEMENTWISE and not isinstance(atom, p.Op):
-            operands = [index for index, value in enumerate(node.inputs) if value and self.view.number(value) is None]
-            operand = self.view.operand(given, node, operands[0]) if len(operands) == 1 else None
-            if operand is not None:
-                opened = self.view.expand(operand).factors
-                below = opened[0][0] if len(opened) == 1 else operand
-                for missed in self.miss(state, "operator", wanted, found, 1, place):
-                    yield from self.atom(atom, below, context, missed, free)
-
-    def _variables(
-        self,
-        variables: list[tuple[p.Var, float]],
-        given: list[tuple[Atom, float]],
-        context: Context,
-        state: State,
-        place: str,
-    ) -> Iterator[State]:
-        """Bind each capture to a factor of its exponent; nothing may be left over."""
-        if not variables:
-            if not given:
-                yield state
-            else:
-                left = ", ".join(describe(atom, exponent) for atom, exponent in given)
-                yield from self.miss(state, "arity", "no further factor", left, len(given), place)
-            return
-        (variable, exponent), others = variables[0], variables[1:]
-        name = variable.name
-        for index, (candidate, own) in enumerate(given):
-            if not isinstance(candidate, Ref) or (own != exponent and not self.record):
-                continue
-            remaining = given[:index] + given[index + 1 :]
-            states: Iterator[State] = iter((state,))
-            if own != exponent:
-                states = self.miss(state, "constant", describe(variable, exponent), describe(candidate, own), 1, place)
-            for current in states:
-                for bound in self.bind(variable, candidate, context, current):
-                    yield from self._variables(others, remaining, context, bound, place)
-        if self.plan.captures[name].kind == "optional" and name not in state.bound:
-            yield from self._variables(others, given, context, state, place)
-        else:
-            for missed in self.miss(state, "arity", f"a factor for {name}", "none", 1, place):
-                yield from self._variables(others, given, context, missed, place)
-
-    def _coefficient(
-        self, expected: float, scalar: tuple[str, float] | None, found: float, state: State, place: str
-    ) -> Iterator[State]:
-        if scalar is None:
-            if self._close(expected, found):
-                yield state
-            else:
-                yield from self.miss(state, "constant", f"the factor {expected:g}", f"{found:g}", 1, place)
-            return
-        name, exponent = scalar
-        value = found / expected
-        if exponent != 1.0:
-            if value <= 0:
-                yield from self.miss(state, "constant", f"{name} ** {exponent:g}", f"{value:g}", 1, place)
-                return
-            value = value ** (1.0 / exponent)
-        yield from self._bind_number(name, value, state, place)
-
-    def _bind_number(self, name: str, value: float, state: State, place: str) -> Iterator[State]:
+    def bind_number(self, name: str, value: float, state: State, place: str) -> Iterator[State]:
         capture = self.plan.captures[name]
         known = state.bound.get(name)
         if known is not None:
-            if isinstance(known, float) and self._close(known, value):
+            if isinstance(known, float) and self.close(known, value):
                 yield state
             else:
                 yield from self.miss(state, "constant", f"{name} = {known}", f"{value:g}", 1, place)
@@ -439,9 +211,9 @@ class Matcher:
                 yield from _unscaled(self.kept(atom, given, context, state))
         elif isinstance(atom, Sum):
             for term, scale in _sums(given, self.view):
-                yield from self._scale(self.sum(atom, term, context, state, self._name(given)), scale)
+                yield from self._scale(self.sums.match(atom, term, context, state, self.name(given)), scale)
             if self.record and isinstance(given, Ref):
-                yield from self._no_sum(atom, given, context, state)
+                yield from self.no_sum(atom, given, context, state)
         elif isinstance(atom, p.Mean):
             for reduced, scale in _of_kind(given, self.view, Reduce):
                 if reduced.kind == "mean":
@@ -461,7 +233,7 @@ class Matcher:
             elif isinstance(atom, p.Fused) and node is not None:
                 yield from _unscaled(self.fused(atom, node, given, context, state))
 
-    def _no_sum(self, atom: Sum, given: Ref, context: Context, state: State) -> Iterator[tuple[State, float]]:
+    def no_sum(self, atom: Sum, given: Ref, context: Context, state: State) -> Iterator[tuple[State, float]]:
         """Match, to explain, the operands of a Max or Min as summands."""
         node = given.value.producer
         if node is None or node.key not in ring.LIKE_SUMS:
@@ -473,7 +245,7 @@ class Matcher:
                 term = self.view.factor(operand)
                 items.append(Item(term.coef, term.factors, operand))
         for missed in self.miss(state, "operator", "a sum", node.key, 1, node.label):
-            yield from self.sum(atom, Sum(0.0, tuple(items)), context, missed, node.label)
+            yield from self.sums.match(atom, Sum(0.0, tuple(items)), context, missed, node.label)
 
     def _no_mean(self, atom: p.Mean, given: Ref, context: Context, state: State) -> Iterator[State]:
         """Match, to explain, another reduction as a mean."""
@@ -484,9 +256,9 @@ class Matcher:
             for missed in self.miss(state, "operator", "a mean", node.key, 1, node.label):
                 yield from self.mean(atom, Reduce("mean", self.view.peel(child).ref, rank), context, missed)
 
-    def _name(self, given: Atom) -> str:
+    def name(self, given: Atom) -> str:
         """The value a factor is, or the one that was being matched when it was met."""
-        return given.value.name if isinstance(given, Ref) else self._place
+        return given.value.name if isinstance(given, Ref) else self.place
 
     def _scale(self, found: Iterator[tuple[State, float]], scale: float) -> Iterator[tuple[State, float]]:
         for state, own in found:
@@ -504,11 +276,13 @@ class Matcher:
         if isinstance(single, Sum):
             for atom, exponent in expanded.factors if len(expanded.factors) == 1 else ():
                 if exponent == 1.0 and isinstance(atom, Sum):
-                    yield from self._scale(self.sum(single, atom, context, state, self._name(given)), expanded.coef)
+                    yield from self._scale(
+                        self.sums.match(single, atom, context, state, self.name(given)), expanded.coef
+                    )
             if self.record and isinstance(given, Ref):
-                yield from self._no_sum(single, given, context, state)
+                yield from self.no_sum(single, given, context, state)
             return
-        for matched in self.product(term, expanded, context, state, self._name(given)):
+        for matched in self.products.match(term, expanded, context, state, self.name(given)):
             yield matched, 1.0
 
     def kept(self, atom: p.Kept, given: Ref, context: Context, state: State) -> Iterator[State]:
@@ -678,7 +452,9 @@ class Matcher:
                     if value is None and (argument is None or _may_be_absent(argument, self.plan)):
                         following.append(current)
                 elif isinstance(value, float | int):
-                    following.extend(self.product(argument, Prod(float(value), ()), context, current, node.label))
+                    following.extend(
+                        self.products.match(argument, Prod(float(value), ()), context, current, node.label)
+                    )
                 else:
                     shape = self.view.facts.shape(value)
                     layout = given.layout.broadcast_over(shape) if shape is not None else None
@@ -699,160 +475,17 @@ class Matcher:
         else:
             yield from self.miss(state, "dimension", f"{len(known)} axes for {letter}", str(count), 1, node.label)
 
-    # -- sums -------------------------------------------------------------------------------------------------------
-
-    def sum(self, term: Sum, given: Sum, context: Context, state: State, place: str) -> Iterator[tuple[State, float]]:
-        """Match a sum up to a number: yield the state and the scale of the graph's sum."""
-        parts = self._summands_of(term)
-        if not self.record and not parts.least <= len(given.items) <= parts.most:
-            return
-        for left, matched, scale in self._summands(parts.formulas, list(given.items), None, context, state, place):
-            for done in self._addends(term, left, scale or 1.0, context, matched, place):
-                for finished in self._constant(term, given.const, scale or 1.0, done, place):
-                    yield finished, scale or 1.0
-
     def _spine(self, term: Sum, context: Context) -> Spine | None:
         """The way through scores where a sum is one formula and a `rest` capture."""
-        parts = self._summands_of(term).spine
+        parts = self.sums.plan_of(term).spine
         return None if parts is None else Spine(self, *parts, context)
 
-    def _summands_of(self, term: Sum) -> _Summands:
-        known = self._sums.get(id(term))
-        if known is not None:
-            return known[1]
-        kinds = [(item, _variable(item), self._kind(item)) for item in term.items]
-        formulas = [item for item, _, kind in kinds if kind == "formula"]
-        formulas.sort(
-            key=lambda item: not any(isinstance(atom, p.Mean) for atom, _ in item.factors)
-        )  # they bind letters
-        variables = [(own, item.coef) for item, own, kind in kinds if own is not None and kind != "scalar"]
-        scalars = [(own, item.coef) for item, own, kind in kinds if own is not None and kind == "scalar"]
-        least = sum(kind in ("formula", "tensor") for *_, kind in kinds)
-        needed = [Prod(item.coef, item.factors) for item, _, kind in kinds if kind != "optional"]
-        rest = [own for _, own, kind in kinds if own is not None and kind == "rest"]
-        parts = _Summands(
-            formulas,
-            variables,
-            scalars[0] if scalars else None,
-            needed[0] if len(needed) == 1 and term.const == 0.0 else None,
-            (formulas[0], rest[0]) if len(formulas) == len(rest) == 1 and len(term.items) == 2 else None,
-            least,
-            len(formulas) + len(variables),
-        )
-        self._sums[id(term)] = term, parts
-        return parts
-
-    def _kind(self, item: Item) -> str:
-        variable = _variable(item)
-        return self.plan.captures[variable.name].kind if variable is not None else "formula"
-
-    def _summands(
-        self, formulas: list[Item], given: list[Item], scale: float | None, context: Context, state: State, place: str
-    ) -> Iterator[tuple[list[Item], State, float | None]]:
-        if not formulas:
-            yield given, state, scale
-            return
-        item, others = formulas[0], formulas[1:]
-        found = False
-        free = any(
-            isinstance(atom, p.Var) and self.plan.captures[atom.name].kind == "scalar" for atom, _ in item.factors
-        )
-        for index, candidate in enumerate(given):
-            remaining = given[:index] + given[index + 1 :]
-            own = 1.0 if free else candidate.coef / item.coef
-            fits = scale is None or free or self._close(own, scale)
-            ways = [(state, own if scale is None else scale)] if fits else []
-            if self.record and not free and not (scale is not None and fits):
-                # The sum may be multiplied by another number than this summand says, if the summand is wrong.
-                whole = 1.0 if scale is None else scale
-                expected = describe_item(item._replace(coef=whole * item.coef))
-                missed = self.miss(state, "constant", expected, describe_item(candidate), 1, place)
-                ways.extend((current, whole) for current in missed)
-            wanted = Prod(item.coef if free else 1.0, item.factors)
-            offered = Prod(candidate.coef if free else 1.0, candidate.factors)
-            for current, share in ways:
-                for matched in self._item(wanted, offered, candidate, context, current, place):
-                    found = found or matched.misses is state.misses
-                    yield from self._summands(others, remaining, share, context, matched, place)
-        if self.record and not found:
-            kinds = ", ".join(describe_item(candidate) for candidate in given) or "nothing more"
-            lost = p.weight(Prod(item.coef, item.factors))
-            for without in self.miss(state, "operator", describe_item(item), kinds, lost, place):
-                yield from self._summands(others, given, scale, context, without, place)
-
-    def _item(
-        self, wanted: Prod, offered: Prod, candidate: Item, context: Context, state: State, place: str
-    ) -> Iterator[State]:
-        single = wanted.single
-        if isinstance(single, p.Var) and candidate.origin is not None:
-            if self._close(candidate.share, candidate.coef) or offered.single is None:
-                yield from self.bind(single, candidate.origin, context, state)
-            return
-        yield from self.product(wanted, offered, context, state, place)
-
-    def _addends(
-        self, term: Sum, given: list[Item], scale: float, context: Context, state: State, place: str
-    ) -> Iterator[State]:
-        """Bind the captures of a sum to the summands that are left."""
-        yield from self._bind_addends(self._summands_of(term).variables, given, scale, context, state, place)
-
-    def _bind_addends(
-        self,
-        variables: list[tuple[p.Var, float]],
-        given: list[Item],
-        scale: float,
-        context: Context,
-        state: State,
-        place: str,
-    ) -> Iterator[State]:
-        if not variables:
-            if not given:
-                yield state
-            else:
-                left = ", ".join(describe_item(item) for item in given)
-                yield from self.miss(state, "arity", "no further summand", left, len(given), place)
-            return
-        (variable, coef), others = variables[0], variables[1:]
-        name = variable.name
-        for index, item in enumerate(given):
-            states: Iterator[State] = iter((state,))
-            value = self._addend(item, scale * coef)
-            if value is None:
-                single = Prod(1.0, item.factors).single
-                behind = self._behind(single)
-                value = behind[0] if behind is not None else single if isinstance(single, Ref) else item.origin
-                states = self.miss(state, "constant", f"{scale * coef:g} * {name}", describe_item(item), 1, place)
-            if value is None:
-                continue
-            remaining = given[:index] + given[index + 1 :]
-            for current in states:
-                for bound in self.bind(variable, value, context, current):
-                    yield from self._bind_addends(others, remaining, scale, context, bound, place)
-        if self.plan.captures[name].kind == "optional" and name not in state.bound:
-            yield from self._bind_addends(others, given, scale, context, state, place)
-        else:
-            for missed in self.miss(state, "arity", f"a summand for {name}", "none", 1, place):
-                yield from self._bind_addends(others, given, scale, context, missed, place)
-
-    def _addend(self, item: Item, share: float) -> Ref | None:
-        """The value of which a summand is so many times; None where there is none."""
-        if item.origin is not None and self._close(item.share, share):
-            return item.origin
-        single = Prod(1.0, item.factors).single
-        behind = self._behind(single)
-        if behind is not None and self._close(item.coef * behind[1], share):
-            return behind[0]
-        return single if isinstance(single, Ref) and self._close(item.coef, share) else None
-
-    def _constant(self, term: Sum, found: float, scale: float, state: State, place: str) -> Iterator[State]:
-        scalar = self._summands_of(term).scalar
-        if scalar is not None:
-            variable, coef = scalar
-            yield from self._bind_number(variable.name, (found / scale - term.const) / coef, state, place)
-        elif self._close(term.const, found / scale):
-            yield state
-        else:
-            yield from self.miss(state, "constant", f"+ {term.const:g}", f"+ {found / scale:g}", 1, place)
+    def behind(self, atom: Atom) -> tuple[Ref, float] | None:
+        """The value that a factor is a number of times, and the number; None where it is no multiple."""
+        if not isinstance(atom, Ref):
+            return None
+        ref, coef = linear.without_numbers(atom, self.view, shared=True)
+        return None if ref == atom else (ref, coef)
 
     # -- captures ---------------------------------------------------------------------------------------------------
 
@@ -863,7 +496,7 @@ class Matcher:
         if capture.kind == "scalar":
             value = self.view.number(given.value)
             if value is not None:
-                yield from self._bind_number(name, value, state, given.value.name)
+                yield from self.bind_number(name, value, state, given.value.name)
             return
         if variable.piece is not None:
             yield from parts.bind_piece(self, variable, given, context, state)
@@ -892,6 +525,36 @@ class Matcher:
             found = unknown or ref.value.name
             yield from self.miss(state, kind, f"{name} = {was} again", found, 1, ref.value.name, verdict)
 
+    def assign(
+        self,
+        variables: Sequence[tuple[p.Var, float]],
+        given: list[Part],
+        parts: Parts[Part],
+        context: Context,
+        state: State,
+        place: str,
+    ) -> Iterator[State]:
+        """Bind each capture, with its exponent or coefficient, to a part of its own; nothing may be left over."""
+        if not variables:
+            if not given:
+                yield state
+            else:
+                left = ", ".join(map(parts.described, given))
+                yield from self.miss(state, "arity", f"no further {parts.noun}", left, len(given), place)
+            return
+        (variable, number), others = variables[0], variables[1:]
+        name = variable.name
+        for index, part in enumerate(given):
+            remaining = given[:index] + given[index + 1 :]
+            for value, current in parts.bindable(variable, number, part, state, place):
+                for bound in self.bind(variable, value, context, current):
+                    yield from self.assign(others, remaining, parts, context, bound, place)
+        if self.plan.captures[name].kind == "optional" and name not in state.bound:
+            yield from self.assign(others, given, parts, context, state, place)
+        else:
+            for missed in self.miss(state, "arity", f"a {parts.noun} for {name}", "none", 1, place):
+                yield from self.assign(others, given, parts, context, missed, place)
+
     def again(self, known: Ref, ref: Ref, state: State) -> State | None:
         """The state where a capture that is read again is the same numbers; None where that is not proved."""
         if known == ref:
@@ -905,49 +568,6 @@ class Matcher:
 
 
 # -- helpers --------------------------------------------------------------------------------------------------------
-
-
-def _may_fit(parts: _Factors, given: Factors) -> bool:
-    """Whether the numbers of factors can agree: a cheap question that rules out most places."""
-    if not parts.least <= len(given) <= parts.most:
-        return False
-    opened = parts.opened
-    for atom, _ in given:
-        if not isinstance(atom, Ref):
-            opened -= 1
-    return opened >= 0
-
-
-def _distribute(formula: tuple[Atom, float], given: Prod) -> Prod:
-    """Move the number before a sum into it where the formula is a bare sum: c (a + b) is c a + c b."""
-    atom, exponent = formula
-    if not isinstance(atom, Sum) or exponent != 1.0 or len(given.factors) != 1 or given.factors[0][1] != 1.0:
-        return given
-    inner = given.factors[0][0]
-    if not isinstance(inner, Sum):
-        return given
-    items = tuple(Item(i.coef * given.coef, i.factors, i.origin, i.share * given.coef) for i in inner.items)
-    return Prod(1.0, ((Sum(inner.const * given.coef, items), 1.0),))
-
-
-def _spread(term: Prod) -> Sum | None:
-    """c x (a + b) as c x a + c x b; None where the term is no product with a sum."""
-    inner = [atom for atom, exponent in term.factors if isinstance(atom, Sum) and exponent == 1.0]
-    if not inner or len(term.factors) == 1:
-        return None
-    rest = Prod(term.coef, tuple(factor for factor in term.factors if factor[0] is not inner[0]))
-    parts = [multiply(rest, Prod(item.coef, item.factors)) for item in inner[0].items]
-    parts += [multiply(rest, number(inner[0].const))] if inner[0].const else []
-    return Sum(0.0, tuple(Item(part.coef, part.factors) for part in parts))
-
-
-def _power(scale: float, exponent: float) -> float | None:
-    """The number to a power, None where that is no real number."""
-    try:
-        share = scale**exponent
-    except (ZeroDivisionError, OverflowError):
-        return None
-    return None if isinstance(share, complex) else float(share)
 
 
 def _unscaled(states: Iterator[State]) -> Iterator[tuple[State, float]]:
@@ -997,12 +617,6 @@ def _covers(layout: Layout, positions: list[int], axis: int) -> bool:
     if layout.source[axis] == 1:
         return all(not layout.depends(position) for position in positions)
     return len(positions) == 1 and layout.whole(positions[0]) == axis
-
-
-def _variable(item: Item) -> p.Var | None:
-    if len(item.factors) == 1 and item.factors[0][1] == 1.0 and isinstance(item.factors[0][0], p.Var):
-        return item.factors[0][0]
-    return None
 
 
 def _may_be_absent(argument: Prod, plan: Plan) -> bool:

@@ -50,7 +50,7 @@ class Spine:
             yield from self.walk(scaled[0], coef * scaled[1], entries, state)
         else:
             given = Prod(coef, ((ref, 1.0),))
-            for matched in self.matcher.product(self.formula, given, self.context, state, ref.value.name):
+            for matched in self.matcher.products.match(self.formula, given, self.context, state, ref.value.name):
                 yield from self._bind(entries, matched)
 
     def _sum(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
