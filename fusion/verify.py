@@ -8,10 +8,10 @@ be compared with another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
@@ -24,7 +24,11 @@ from fusion.feeds import Feed, Feeder, NothingRan, declared_inputs
 from fusion.given import Inputs, given_feeds
 from fusion.model import Model, load
 from fusion.report import Report, counted, table
-from fusion.runtime import REFERENCE, Refused, Session
+from fusion.runtime import ONNXRUNTIME, REFERENCE, Refused, Session
+
+ROUNDING, MOST = 4, 16
+"""How many times as far as by the runtime's own rewriting of the first model an output may be moved, and how many
+times as far as its type allows at the most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,7 @@ def verify(
         report.differences.append(Difference("load", "", sentence))
     precision = compute_precision(first.proto)
     total = len(expected.runs)
+    judged: list[_Judged] = []
     for done, (feed, results, again) in enumerate(expected.runs):
         progress(done, total)
         try:
@@ -193,15 +198,48 @@ def verify(
                 output.unsteady += 1
                 continue
             one = compare(results[name], got[name], precision, rtol=rtol, atol=atol, slack=feed.slack)
-            output.compared += 1
-            if not output.feed or worse(output.worst, one) is one:
-                output.worst, output.feed = one, feed.label
+            judged.append((output, feed, results[name], one))
+    del session
+    if rtol is None and not optimized and expected.engine == ONNXRUNTIME:
+        judged = _but_rounding(first, judged, precision)
+    for output, feed, _, one in judged:
+        output.compared += 1
+        if not output.feed or worse(output.worst, one) is one:
+            output.worst, output.feed = one, feed.label
     for output in report.outputs:
         if not output.worst.equal:
             sentence = f"output {output.name!r}: {output.worst.reason}"
             report.differences.append(Difference("value", output.name, sentence, output.feed))
     progress(total, total)
     return report
+
+
+_Judged: TypeAlias = tuple[OutputReport, Feed, Any, Comparison]
+"""An output, the inputs, what the first model gave, and how the second compares with that."""
+
+
+def _but_rounding(model: Model, judged: list[_Judged], precision: np.dtype[Any] | None) -> list[_Judged]:
+    """Let pass what is no larger than what the runtime's own rewriting of the first model does to the same output.
+
+    A deep model may amplify rounding; the runtime adds up in another order, too.
+    """
+    doubtful = {feed.label: feed for _, feed, _, one in judged if not one.equal and np.isfinite(one.error)}
+    if not doubtful:
+        return judged
+    try:
+        rewritten = Session(_runnable(model), optimized=True)
+        moved = {label: rewritten.run(feed.values) for label, feed in doubtful.items()}
+    except Refused:
+        return judged
+    settled: list[_Judged] = []
+    for output, feed, result, one in judged:
+        if not one.equal and feed.label in moved:
+            noise = compare(result, moved[feed.label][output.name], precision).error
+            allowed = min(ROUNDING * noise, MOST * one.tolerance)
+            if one.error <= allowed:
+                one = replace(one, equal=True, reason="", tolerance=allowed)
+        settled.append((output, feed, result, one))
+    return settled
 
 
 class Unjudged(Refused):

@@ -435,3 +435,31 @@ def test_progress_is_told() -> None:
     told: list[tuple[int, int]] = []
     verify(model(GELU), model(GELU), runs=3, progress=lambda done, total: told.append((done, total)))
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def cancelling(order: str, off: float = 0.0) -> tuple[ModelProto, np.ndarray]:
+    """x w / 10 - c, where c leaves a thousandth of it, so that rounding counts a thousand times; and its x."""
+    draw = np.random.default_rng(0)
+    x, w = draw.uniform(1, 2, (64, 512)).astype(np.float32), draw.uniform(1, 2, (512, 8)).astype(np.float32)
+    near = x.astype(np.float64) @ w / 10 - draw.uniform(0.06, 0.13, (64, 8)) + off
+    made = model(f"g (float[64, 512] x, float[512, 8] w, float[64, 8] c) => (float[64, 8] y) {order}")
+    for name, array in (("s", np.float32(0.1)), ("w", w), ("c", near.astype(np.float32))):
+        made.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    return made, x
+
+
+SCALED_BEFORE = "{ a = Mul (x, s) b = MatMul (a, w) y = Sub (b, c) }"
+SCALED_AFTER = "{ a = MatMul (x, w) b = Mul (a, s) y = Sub (b, c) }"
+
+
+def test_rounding_that_the_runtime_itself_makes_as_large_is_no_difference() -> None:
+    (first, x), (second, _) = cancelling(SCALED_BEFORE), cancelling(SCALED_AFTER)
+    report = verify(first, second, inputs={"x": x})
+    assert report.equal
+    assert report.worst["y"] > 2**-13  # more than the type's own allowance of 1024 epsilons
+    assert not verify(first, second, inputs={"x": x}, rtol=2**-13).equal
+
+
+def test_what_is_larger_than_rounding_is_a_difference_however_the_model_amplifies_it() -> None:
+    (first, x), (second, _) = cancelling(SCALED_BEFORE), cancelling(SCALED_AFTER, off=1e-3)
+    assert not verify(first, second, inputs={"x": x}).equal
