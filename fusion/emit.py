@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.beside import additive, guarded
+from fusion.beside import additive, guarded, is_causal
 from fusion.dims import Dim, product
 from fusion.found import Captured, Found, New, NewNode, Operand, Unmet
 from fusion.graph import Value
@@ -194,7 +194,8 @@ class Builder:
         return guarded(self, self._found, result)
 
     def additive(self, entries: tuple[Entry, ...]) -> Operand:
-        """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where empty.
+        """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where they do
+        nothing.
 
         `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
         smallest number of the dtype, or -inf, or where every row keeps a key, a large one. In half precision only -inf
@@ -204,6 +205,13 @@ class Builder:
             Unmet: a mask has another fill.
         """
         return additive(self, self._found, entries)
+
+    def is_causal(self, entries: tuple[Entry, ...]) -> bool:
+        """Whether all that the entries of a `rest` capture do is to hide the keys j > i from query i, of as many keys.
+
+        That is proved from what computes them, or from what is stored; False where nobody knows.
+        """
+        return is_causal(self._found, entries)
 
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""

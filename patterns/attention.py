@@ -32,11 +32,21 @@ def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
     return multi_head_attention(q, k, v, bias, scale)
 
 
-def _standard(found, op):
+def _masks(found, op, causal):
+    """What is to be added to scores, and the attribute that hides later keys."""
+    return (None, {causal: 1}) if op.is_causal(found.bias) else (op.additive(found.bias), {})
+
+
+def _standard(found, op, *, hidden_rows=True):
     found.require_one_dtype()
+    bias, flags = _masks(found, op, "is_causal")
+    found.require(
+        hidden_rows or bias is None,
+        "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean",
+    )
     shared, (k, v) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"))
     heads = {"q_num_heads": found.size("H"), "kv_num_heads": shared, "scale": found.scale}
-    return op.guarded(op.Attention(op.arranged(found.q), k, v, op.additive(found.bias), **heads))
+    return op.guarded(op.Attention(op.arranged(found.q), k, v, bias, **heads, **flags))
 
 
 multi_head_attention.emit("onnx")(_standard)
@@ -44,10 +54,7 @@ multi_head_attention.emit("onnx")(_standard)
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
-    found.require(
-        not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean"
-    )
-    return _standard(found, op)
+    return _standard(found, op, hidden_rows=False)
 
 
 @multi_head_attention.emit("ort-cpu", "ort-cuda")
@@ -58,8 +65,9 @@ def _(found, op):
     if found.k.shape[2] == found.v.shape[2]:  # the kernel takes keys and values by head where their sizes are equal
         forms.append([(found.k, "B H T D"), (found.v, "B H T E")])
     q, (k, v) = op.arranged(found.q), op.fewest(*forms)
+    bias, flags = _masks(found, op, "unidirectional")
     heads = {"num_heads": found.size("H"), "scale": found.scale}
-    return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, op.additive(found.bias), **heads))
+    return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, bias, **heads, **flags))
 
 
 @self_attention.emit("ort-cpu", "ort-cuda")
@@ -71,5 +79,5 @@ def _(found, op):
     heads = {"num_heads": found.size("H"), "scale": found.scale}
     if found.wq.shape[1] != found.wv.shape[1]:
         heads["qkv_hidden_sizes"] = [capture.shape[1] for capture in (found.wq, found.wk, found.wv)]
-    attended = op.microsoft.Attention(found.x, weights, biases, None, None, op.additive(found.bias), **heads)
-    return op.guarded(attended)
+    bias, flags = _masks(found, op, "unidirectional")
+    return op.guarded(op.microsoft.Attention(found.x, weights, biases, None, None, bias, **heads, **flags))
