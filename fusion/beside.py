@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto, helper
 
+from fusion.dims import Dim
 from fusion.found import Found, New, Operand, Unmet
 from fusion.layout import Layout
 from fusion.masks import ABSORBING, Halves, Line, keeps_a_key, read
@@ -52,14 +53,14 @@ def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
     return bias
 
 
-def is_causal(found: Found, entries: tuple[Entry, ...]) -> bool:
+def is_causal(found: Found, entries: tuple[Entry, ...], past: Dim) -> bool:
     """See `Builder.is_causal`."""
     masks = [entry for entry in entries if not (_is_idle(found, entry) or _is_low(found, entry))]
     if len(masks) != 1:
         return False
     rows, columns = masks[0].ref.layout.shape[-2:]
     halves = _added(found, masks[0])
-    if halves is None or halves.line != Line(-1, 1, 0) or halves.inside != 0.0 or rows != columns:
+    if halves is None or halves.line != Line(-1, 1, -past) or halves.inside != 0.0 or rows + past != columns:
         return False
     # Every row keeps a key, so what is hidden needs no more than to hide.
     return halves.outside <= ABSORBING and _is_proved(found, masks[0])
