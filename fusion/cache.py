@@ -5,7 +5,7 @@ from __future__ import annotations
 from fusion.dims import Dim
 from fusion.found import Captured, Found
 from fusion.graph import Value
-from fusion.layout import Layout
+from fusion.layout import Layout, merge_neighbours
 from fusion.region import Region
 from fusion.schema import axes as schema_axes
 from fusion.terms import Ref
@@ -55,7 +55,7 @@ def _part(found: Found, captured: Captured, value: Value | None) -> Ref:
     assert shape is not None
     layout = captured.ref.layout
     axes = tuple(
-        tuple((own, stride, size if own is None else shape[own]) for own, stride, size in factors)
+        merge_neighbours((own, stride, size if own is None else shape[own]) for own, stride, size in factors)
         for factors in layout.axes  # each is an axis of the cache as a whole, for that lies as the kernel reads it
     )
     return Ref(value, Layout(axes, layout.offsets, shape))

@@ -14,12 +14,14 @@ P = 4
 class Cached(Attention):
     """An attention over what its past_k and past_v (B, G, P, D) and new tokens x (B, S, C) give."""
 
-    def __init__(self, sizes: Sizes = PRIMES, *, groups: int | None = None, opset: int = 17, past: int = P) -> None:
-        super().__init__(sizes, opset=opset)
+    def __init__(
+        self, sizes: Sizes = PRIMES, *, groups: int | None = None, opset: int = 17, past: int = P, dynamic: bool = True
+    ) -> None:
+        super().__init__(sizes, opset=opset, dynamic=dynamic)
         self.groups = groups or sizes.H
         shape = [sizes.B, self.groups, past]
         self.pasts = [
-            self.feed(name, numbers(*shape, size, seed=seed), ["B", self.groups, "P", size])
+            self.feed(name, numbers(*shape, size, seed=seed), [self.batch, self.groups, "P", size])
             for name, size, seed in (("past_k", sizes.D, 21), ("past_v", sizes.E, 22))
         ]
         self.q = self.heads(self.projection("x", sizes.hidden), sizes.D)
@@ -54,9 +56,9 @@ def attributes(model, op: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("past", [0, 1, P])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_the_fused_node_appends_by_itself(past, tokens):
-    b = Cached(Sizes(S=tokens), past=past)
+@pytest.mark.parametrize(("tokens", "dynamic"), [(1, True), (5, True), (1, False)])
+def test_the_fused_node_appends_by_itself(past, tokens, dynamic):
+    b = Cached(Sizes(S=tokens), past=past, dynamic=dynamic)
     model = b.model(b.attended(), *b.caches)
     result = same(model, b.feeds)
     assert result.counts == {"multi_head_attention": 1}
