@@ -30,11 +30,8 @@ class _Application:
 
     def write(self, nodes: Sequence[NewNode], results: Sequence[New]) -> list[Node]:
         found = self.found
-        finals = [found.root, *(found.state.kept[index].value for index in sorted(found.state.kept))]
+        finals, region, at = found.finals, found.region, found.place
         targets = {id(result): value for result, value in zip(results, finals, strict=False)}
-        region = found.region
-        kept = [value.producer for value in finals[1:] if value.producer is not None]
-        at = min([found.node, *kept], key=lambda node: node.position)
         made: list[Node] = []
         read = {id(operand) for new in nodes for operand in new.inputs}
         for new in nodes:
@@ -46,7 +43,7 @@ class _Application:
             for output in new.outputs:
                 target = targets.get(id(output))
                 if target is not None:
-                    outputs.append(target if target is found.root or self._is_wanted(target) else None)
+                    outputs.append(target if target is found.root or found.is_read(target) else None)
                 else:
                     outputs.append(self.graph.fresh(f"{found.root.name}_{new.op}") if id(output) in read else None)
             name = self.graph.fresh(f"{found.plan.pattern.name}_{found.root.name}")
@@ -60,15 +57,6 @@ class _Application:
         for value in finals[1:]:
             assert value.producer in made or not value.uses, "a kept value has a new producer"
         return made
-
-    def _is_wanted(self, value: Value) -> bool:
-        """Whether somebody outside the region reads a kept value; kernels compute optional outputs only if asked."""
-        region = self.found.region
-        return value.is_output or any(
-            reader not in region.core
-            and (reader not in region.prefix or any(map(self._is_wanted, filter(None, reader.outputs))))
-            for reader in value.uses
-        )
 
     def _idle(self) -> list[Node]:
         """The readers of private values outside the region; a match is only there if they are of no use but to it."""

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto, helper
 
+from fusion.dims import Dim
 from fusion.found import Found, New, Operand, Unmet
 from fusion.layout import Layout
-from fusion.masks import ABSORBING, keeps_a_key
+from fusion.masks import ABSORBING, Halves, Line, keeps_a_key, read
 from fusion.place import int64
 from fusion.state import Entry
 from fusion.state import entries as entries_of
@@ -22,14 +23,12 @@ if TYPE_CHECKING:
 
 def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
     """See `Builder.additive`."""
-    precise = found.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE)
-    smallest = float(np.finfo(helper.tensor_dtype_to_np_dtype(found.dtype)).min) if precise else -np.inf
     bias: Operand = None
     for entry in reversed(entries):
-        if entry.kind == "zero":
-            continue  # it is about the result: see `guarded`
+        if _is_idle(found, entry):
+            continue
         if entry.kind == "clamp":
-            if entry.fill > smallest * 0.999:
+            if entry.fill > _smallest(found):
                 raise Unmet(f"scores are clamped to {entry.fill:g}", place=found.root.name)
             if bias is not None:
                 bias = op.shared("Max", [bias, op.scalar(entry.fill)], None)
@@ -41,7 +40,7 @@ def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
                 term = op.shared("Mul", [term, op.scalar(entry.coef)], ref.layout.shape)
             bias = term if bias is None else op.shared("Add", [bias, term], ref.layout.shape)
             continue
-        if entry.fill > smallest * 0.999 and not _hides(found, entry, entries):
+        if entry.fill > _smallest(found) and not _hides(found, entry, entries):
             raise Unmet(
                 f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
                 "in rows masked everywhere",
@@ -52,6 +51,57 @@ def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
         choices = [kept, fill] if entry.keep else [fill, kept]
         bias = op.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
     return bias
+
+
+def is_causal(found: Found, entries: tuple[Entry, ...], past: Dim) -> bool:
+    """See `Builder.is_causal`."""
+    masks = [entry for entry in entries if not (_is_idle(found, entry) or _is_low(found, entry))]
+    if len(masks) != 1:
+        return False
+    rows, columns = masks[0].ref.layout.shape[-2:]
+    halves = _added(found, masks[0])
+    if halves is None or halves.line != Line(-1, 1, -past) or halves.inside != 0.0 or rows + past != columns:
+        return False
+    # Every row keeps a key, so what is hidden needs no more than to hide.
+    return halves.outside <= ABSORBING and _is_proved(found, masks[0])
+
+
+def _is_idle(found: Found, entry: Entry) -> bool:
+    """Whether a part does nothing to scores: a mask that provably hides none, a sum with 0.
+
+    What is put on the probabilities does neither; see `guarded`.
+    """
+    if entry.kind == "zero":
+        return True
+    halves = _added(found, entry)
+    return halves is not None and halves[:2] == (None, 0.0) and _is_proved(found, entry)
+
+
+def _is_low(found: Found, entry: Entry) -> bool:
+    """Whether a part keeps scores from falling below the smallest number."""
+    return entry.kind == "clamp" and entry.fill <= _smallest(found)
+
+
+def _is_proved(found: Found, entry: Entry) -> bool:
+    """Note that what is written relies on how a part is computed, so that nobody runs it with other numbers."""
+    found.state.proved[entry.ref.value] = ()
+    return True
+
+
+def _smallest(found: Found) -> float:
+    """What absorbs every score when it is added; -inf in half precision, where kernels compute in float."""
+    if found.dtype not in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        return -np.inf
+    return 0.999 * float(np.finfo(helper.tensor_dtype_to_np_dtype(found.dtype)).min)
+
+
+def _added(found: Found, entry: Entry) -> Halves | None:
+    """What a mask or a term adds to scores, or as good as adds; None where nobody knows."""
+    halves = None if entry.kind == "clamp" else read(found.view, entry.ref)
+    if halves is None or entry.kind == "term":
+        return halves and Halves(halves.line, entry.coef * halves.inside, entry.coef * halves.outside)
+    sides = (0.0 if bool(side) == entry.keep else entry.fill for side in halves[1:])
+    return Halves(halves.line, *sides)
 
 
 def _hides(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> bool:

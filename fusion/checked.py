@@ -59,7 +59,7 @@ def apply_checked(
     Raises:
         Unmet: they differ. The graph is as it was.
     """
-    finals = [found.root, *(found.state.kept[index].value for index in sorted(found.state.kept))]
+    finals = found.finals
     stops = set(grounds(found.state))
     try:
         trial = Trial(cut(graph, found.facts, finals, stops), found.facts, found.state)

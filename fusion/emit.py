@@ -8,13 +8,15 @@ with the axes of the capture is looked up, and only `op.arranged(...)` and its l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.beside import additive, guarded
-from fusion.dims import Dim, product
+from fusion.beside import additive, guarded, is_causal
+from fusion.cache import split_cache
+from fusion.dims import Dim, product, terms
 from fusion.found import Captured, Found, New, NewNode, Operand, Unmet
 from fusion.graph import Value
 from fusion.language import letters_of
@@ -209,7 +211,8 @@ class Builder:
         return guarded(self, self._found, result)
 
     def additive(self, entries: tuple[Entry, ...]) -> Operand:
-        """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where empty.
+        """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where they do
+        nothing.
 
         `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
         smallest number of the dtype, or -inf, or where every row keeps a key, a large one. In half precision only -inf
@@ -219,6 +222,29 @@ class Builder:
             Unmet: a mask has another fill.
         """
         return additive(self, self._found, entries)
+
+    def is_causal(self, entries: tuple[Entry, ...], past: Dim = 0) -> bool:
+        """Whether all that the entries of a `rest` capture do is to hide the keys j > past + i from query i.
+
+        There are as many keys as past ones and queries. All is proved from what computes the entries, or from what is
+        stored; False where nobody knows.
+        """
+        return is_causal(self._found, entries, past)
+
+    def split_cache(self, letter: str, *, shared: str = "", **forms: str) -> list[Captured]:
+        """Read captures that append to a cache as what is new in them; what they append to is returned.
+
+        The emission returns the whole caches, in this order, behind its result: they are outputs of the fused node.
+
+        Args:
+            letter: of the axis that grows.
+            shared: a letter along which keys may be repeated behind the cache.
+            forms: for each capture, the axes in which the kernel reads the past and writes the whole.
+
+        Raises:
+            Unmet: a capture is not one value appended to another, or does not lie so, or nobody reads the whole.
+        """
+        return split_cache(self._found, forms, letter, shared)
 
     def arranged(self, captured: Captured | None) -> Operand:
         """A capture in its own axes: standing in the graph, or rearranged by new nodes. An absent one stays absent."""
@@ -271,16 +297,13 @@ class Builder:
 
         Keys of 8 heads which two query heads each read, as `(k, "B T (H D)")`, are 4 heads (B, T, 4 D).
         """
-        size = self._found.size(letter)
-        axes = [captured.by_letter() for captured, _ in forms]
-        repeats = {own[letter][-1][2] if own[letter] and own[letter][-1][0] is None else 1 for own in axes}
-        often = repeats.pop() if len(repeats) == 1 else 1
-        if not isinstance(often, int) or often == 1:
-            often = 1
-        else:
-            axes = [own | {letter: own[letter][:-1]} for own in axes]
-        laid = [captured.laid(own, spec) for (captured, spec), own in zip(forms, axes, strict=True)]
-        return size // often, [self.placed(ref, self._found.dtype) for ref in laid]
+        once = [self._found.unrepeated(captured, letter) for captured, _ in forms]
+        often = once[0][0] if len({times for times, _ in once}) == 1 else 1
+        laid = [
+            captured.laid(axes if often > 1 else captured.by_letter(), spec)
+            for (captured, spec), (_, axes) in zip(forms, once, strict=True)
+        ]
+        return self._found.size(letter) // often, [self.placed(ref, self._found.dtype) for ref in laid]
 
     def placed(self, ref: Ref, dtype: int | None) -> Operand:
         """A value in the axes of `ref`."""
@@ -357,7 +380,7 @@ class Builder:
         return self.shared("Concat", parts, (len(parts),), dtype=TensorProto.INT64, axis=0)
 
     def _size(self, dim: Dim) -> New:
-        """One size as a tensor of shape (1,), read off a captured value that has it."""
+        """One size as a tensor of shape (1,): read off a captured value that has it, or the sum of such."""
         facts = self._found.facts
         for source in sources(self._found.state):
             for axis, own in enumerate(facts.shape(source) or ()):
@@ -365,7 +388,11 @@ class Builder:
                     shape = self.shared("Shape", [source], None, dtype=TensorProto.INT64)
                     index = self.constant(int64([axis]), "axis")
                     return self.shared("Gather", [shape, index], (1,), dtype=TensorProto.INT64, axis=0)
-        raise self.unmet(f"the size {dim} cannot be read off any captured value", self._found.root)
+        parts = terms(dim)
+        if len(parts) < 2 or any(factor < 1 or len(atoms) + (factor > 1) > 1 for factor, atoms in parts):
+            raise self.unmet(f"the size {dim} cannot be read off any captured value", self._found.root)
+        sizes = [self._size(*atoms) if atoms else self.constant(int64([factor]), "size") for factor, atoms in parts]
+        return reduce(lambda some, more: self.shared("Add", [some, more], (1,)), sizes)
 
     def in_root_axes(self, result: New) -> New:
         """The result with its axes as the root has them, where the pattern's result has them in another order."""

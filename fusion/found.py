@@ -120,10 +120,34 @@ class Found:
         if verdict is not Verdict.YES:
             raise Unmet(text, kind=kind, verdict=verdict, place=self.root.name)
 
+    @property
+    def finals(self) -> list[Value]:
+        """The values that new nodes compute: the root, then those that are kept, in their order."""
+        return [self.root, *(self.state.kept[index].value for index in sorted(self.state.kept))]
+
+    @property
+    def place(self) -> Node:
+        """The node in whose place new ones stand: the root's, or the first one left that reads what is kept."""
+        readers = [reader for value in self.finals[1:] for reader in value.uses if self._stays(reader)]
+        inside = [self.node]
+        for reader in readers:
+            while reader.scope is not self.node.scope and reader.scope.owner is not None:
+                reader = reader.scope.owner
+            inside.append(reader)
+        return min(inside, key=lambda node: node.position)
+
+    def is_read(self, value: Value) -> bool:
+        """Whether somebody reads a kept value when the region is gone."""
+        return value.is_output or any(map(self._stays, value.uses))
+
+    def _stays(self, reader: Node) -> bool:
+        if reader in self.region.prefix:
+            return any(map(self.is_read, filter(None, reader.outputs)))
+        return reader not in self.region.core
+
     def require_order(self, inputs: Iterable[Value]) -> None:
-        """Every input is computed before the root, and before what is kept: else the new node would close a cycle."""
-        kept = [ref.value.producer for ref in self.state.kept.values() if ref.value.producer is not None]
-        at = min([self.node, *kept], key=lambda node: node.position)
+        """Every input is computed before the place of the new nodes: else they would close a cycle."""
+        at = self.place
         late = [value.name for value in inputs if not before(value, at)]
         self.require(not late, f"{', '.join(late)} is computed after {at.label}")
 
@@ -154,6 +178,15 @@ class Found:
         if len(nodes) >= len(replaced):
             text = f"{len(nodes)} new nodes would replace {len(replaced)}"
             raise Unmet(text, kind=GAIN, place=self.root.name)
+
+    def unrepeated(self, captured: Captured, letter: str) -> tuple[int, dict[str, Axis]]:
+        """How often a capture is repeated along a letter, innermost, and what its letters run over without that."""
+        axes = captured.by_letter()
+        factors = axes.get(letter, ())
+        often = factors[-1][2] if factors and factors[-1][0] is None else 1
+        if not isinstance(often, int) or often == 1:
+            return 1, axes
+        return often, axes | {letter: factors[:-1]}
 
     def size(self, letter: str) -> int:
         """The size of a letter, of its axes together; raises Unmet where it is not a known number."""

@@ -161,7 +161,9 @@ class Rewriter:
                 try:
                     returned = emission.build(found, builder)
                     outputs: tuple[New, ...] = returned if isinstance(returned, tuple) else (returned,)
-                    results = [builder.in_root_axes(output) for output in outputs]
+                    declared = 1 + len(choice.state.kept)  # what an emission keeps besides lies as it is
+                    results = [builder.in_root_axes(output) for output in outputs[:declared]]
+                    results.extend(outputs[declared:])
                     found.require_order(builder.inputs)
                     found.require_gain(builder.nodes)
                 except Unmet as unmet:

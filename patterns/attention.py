@@ -32,11 +32,52 @@ def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
     return multi_head_attention(q, k, v, bias, scale)
 
 
-def _standard(found, op):
+def _masks(found, op, causal, past=()):
+    """What is to be added to scores, and the attribute that hides later keys."""
+    if op.is_causal(found.bias, past[0].shape[1] if past else 0):
+        return None, {causal: 1}
+    return op.additive(found.bias), {}
+
+
+def _cache(op, **options):
+    """What keys and values are appended to, where the kernels take that by themselves and give the whole back."""
+    return op.split_cache("T", k="B H T D", v="B H T E", **options)
+
+
+def _standard(found, op, past=(), *, hidden_rows=True):
     found.require_one_dtype()
-    shared, (k, v) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"))
+    bias, flags = _masks(found, op, "is_causal", past)
+    found.require(
+        hidden_rows or bias is None,
+        "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean",
+    )
+    caches = zip(past, ("B H T D", "B H T E"), strict=False)
+    shared, (k, v, *caches) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"), *caches)
     heads = {"q_num_heads": found.size("H"), "kv_num_heads": shared, "scale": found.scale}
-    return op.guarded(op.Attention(op.arranged(found.q), k, v, op.additive(found.bias), **heads))
+    attended, *present = op.Attention(op.arranged(found.q), k, v, bias, *caches, outputs=3, **heads, **flags)
+    return op.guarded(attended), *present[: len(past)]
+
+
+def _multi_head(found, op, past=()):
+    found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
+    found.require_one_dtype()
+    forms = [[(found.k, "B T (H D)"), (found.v, "B T (H E)")]]
+    alike = found.k.shape[2] == found.v.shape[2]
+    if alike:  # the kernel takes keys and values by head where their sizes are equal
+        forms.append([(found.k, "B H T D"), (found.v, "B H T E")])
+    found.require(alike or not past, "the kernel takes no cache of keys and values of different sizes")
+    q, (k, v) = op.arranged(found.q), op.fewest(*forms)
+    caches = op.fewest(list(zip(past, ("B H T D", "B H T E"), strict=False)))
+    bias, flags = _masks(found, op, "unidirectional", past)
+    heads = {"num_heads": found.size("H"), "scale": found.scale}
+    operands = (q, k, v, None, None, bias, *caches)
+    attended, *present = op.microsoft.MultiHeadAttention(*operands, outputs=3, **heads, **flags)
+    return op.guarded(attended), *present[: len(past)]
+
+
+@multi_head_attention.emit("onnx")
+def _(found, op):
+    return _standard(found, op, _cache(op, shared="H"))
 
 
 multi_head_attention.emit("onnx")(_standard)
@@ -44,22 +85,20 @@ multi_head_attention.emit("onnx")(_standard)
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
-    found.require(
-        not found.bias, "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean"
-    )
-    return _standard(found, op)
+    return _standard(found, op, _cache(op, shared="H"), hidden_rows=False)
 
 
-@multi_head_attention.emit("ort-cpu", "ort-cuda")
+@multi_head_attention.emit("ort-cpu")
 def _(found, op):
-    found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
-    found.require_one_dtype()
-    forms = [[(found.k, "B T (H D)"), (found.v, "B T (H E)")]]
-    if found.k.shape[2] == found.v.shape[2]:  # the kernel takes keys and values by head where their sizes are equal
-        forms.append([(found.k, "B H T D"), (found.v, "B H T E")])
-    q, (k, v) = op.arranged(found.q), op.fewest(*forms)
-    heads = {"num_heads": found.size("H"), "scale": found.scale}
-    return op.guarded(op.microsoft.MultiHeadAttention(q, k, v, None, None, op.additive(found.bias), **heads))
+    return _standard(found, op, hidden_rows=False)
+
+
+@multi_head_attention.emit("ort-cpu")
+def _(found, op):
+    return _multi_head(found, op, _cache(op))
+
+
+multi_head_attention.emit("ort-cpu", "ort-cuda")(_multi_head)
 
 
 @self_attention.emit("ort-cpu", "ort-cuda")
@@ -71,5 +110,5 @@ def _(found, op):
     heads = {"num_heads": found.size("H"), "scale": found.scale}
     if found.wq.shape[1] != found.wv.shape[1]:
         heads["qkv_hidden_sizes"] = [capture.shape[1] for capture in (found.wq, found.wk, found.wv)]
-    attended = op.microsoft.Attention(found.x, weights, biases, None, None, op.additive(found.bias), **heads)
-    return op.guarded(attended)
+    bias, flags = _masks(found, op, "unidirectional")
+    return op.guarded(op.microsoft.Attention(found.x, weights, biases, None, None, bias, **heads, **flags))

@@ -92,10 +92,11 @@ def _need(name: str, target: str) -> str:
 
 def _section(pattern: Pattern) -> str:
     captures = [f"| `{name}` | {_axes(capture)} | {_kind(capture)} |" for name, capture in pattern.captures.items()]
-    written = [
+    lines = (
         f"- {', '.join(emission.targets)}: {', '.join(f'`{name}`' for name in _operators(emission.build))}"
         for emission in pattern.emissions
-    ]
+    )
+    written = list(dict.fromkeys(lines))
     read = ", ".join(f"`{operator}`" for operator in pattern.readers)
     parts = [
         f"## {pattern.name}\n",
@@ -122,7 +123,7 @@ def _operators(build: FunctionType) -> list[str]:
         helper = build.__globals__.get(name)
         if isinstance(helper, FunctionType) and helper.__module__ == build.__module__:
             names += _operators(helper)
-    return [name.replace("microsoft.", "com.microsoft.") for name in dict.fromkeys(names)]
+    return [re.sub(r"^microsoft\.", "com.microsoft.", name) for name in dict.fromkeys(names)]
 
 
 def _axes(capture: Capture) -> str:

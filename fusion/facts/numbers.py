@@ -218,16 +218,13 @@ def _compare(operation: Callable[[float, float], bool]) -> Callable[[Facts, Node
 _MOVES = """DepthToSpace Dropout Expand Flatten Gather GatherElements GatherND Identity Reshape Slice SpaceToDepth Split
     Squeeze Tile Transpose Unsqueeze""".split()  # noqa: SIM905
 
-RULES: dict[str, Callable[[Facts, Node], float | None]] = {
-    **dict.fromkeys(_MOVES, _same),
+ELEMENTWISE: dict[str, Callable[[Facts, Node], float | None]] = {
     "Abs": _arithmetic(abs),
     "Add": _arithmetic(lambda a, b: a + b),
     "And": _logical(lambda a, b: a and b, absorbing=False),
     "Cast": _cast,
     "CastLike": _cast,
     "Ceil": _arithmetic(np.ceil),
-    "Concat": _concat,
-    "ConstantOfShape": _constant_of_shape,
     "Div": _arithmetic(_divide),
     "Equal": _compare(lambda a, b: a == b),
     "Exp": _arithmetic(np.exp),
@@ -245,10 +242,18 @@ RULES: dict[str, Callable[[Facts, Node], float | None]] = {
     "Or": _logical(lambda a, b: a or b, absorbing=True),
     "Pow": _power,
     "Reciprocal": _arithmetic(lambda a: a.dtype.type(1) / a),
-    "ReduceMax": _nonempty_reduction,
-    "ReduceMin": _nonempty_reduction,
     "Sqrt": _arithmetic(np.sqrt),
     "Sub": _arithmetic(lambda a, b: a - b),
     "Sum": _arithmetic(lambda *items: sum(items[1:], items[0])),
     "Where": _where,
+}
+"""Operators of which each element of the result is one of the operands' there: they ask for numbers and types only."""
+
+RULES: dict[str, Callable[[Facts, Node], float | None]] = {
+    **dict.fromkeys(_MOVES, _same),
+    **ELEMENTWISE,
+    "Concat": _concat,
+    "ConstantOfShape": _constant_of_shape,
+    "ReduceMax": _nonempty_reduction,
+    "ReduceMin": _nonempty_reduction,
 }
