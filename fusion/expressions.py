@@ -51,6 +51,9 @@ class Expr:
     def __neg__(self) -> Expr:
         return _elementwise("mul", -1.0, self)
 
+    def __abs__(self) -> Expr:
+        return Expr("op", (self,), self.dims, name="Abs")
+
     def __mul__(self, other: Operand) -> Expr:
         return _elementwise("mul", self, other)
 
@@ -146,7 +149,10 @@ def _erf(x: Any) -> Any:
 erf = _unary("Erf", _erf)
 tanh = _unary("Tanh", np.tanh)
 exp = _unary("Exp", np.exp)
+log = _unary("Log", np.log)
 sigmoid = _unary("Sigmoid", lambda x: 1 / (1 + np.exp(-x)))
+relu = _unary("Relu", lambda x: np.maximum(x, 0))
+clamp = _unary("Clamp", lambda x: np.clip(x, 0, 1))
 
 
 def sqrt(x: Any) -> Any:

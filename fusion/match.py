@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeGuard, TypeVar
 
 from onnx import TensorProto
 
@@ -27,6 +27,7 @@ from fusion.spine import Spine
 from fusion.state import Context, Entry, Miss, State
 from fusion.terms import (
     Atom,
+    Clamp,
     Contract,
     Factors,
     Group,
@@ -45,7 +46,7 @@ from fusion.terms import (
 from fusion.verdict import Verdict
 from fusion.view import MERGED, View
 
-K = TypeVar("K", Reduce, Contract)
+K = TypeVar("K", Clamp, Contract, Reduce)
 
 TOLERANCE: dict[int, float] = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 8e-3, TensorProto.DOUBLE: 1e-7}
 """Relative error allowed in a constant, by the dtype it is computed in; 1e-5 for float: exporters round 1.41421."""
@@ -286,7 +287,8 @@ class Matcher:
                 optional += self.plan.captures[atom.name].kind != "tensor"
         formulas += kept
         most = len(formulas) + len(variables)
-        opened = sum(not isinstance(atom, p.Op | p.Softmax | p.Fused | p.Kept) for atom, _ in formulas)
+        values = (p.Op, p.Softmax, p.Fused, p.Kept)
+        opened = sum(not isinstance(atom, values) or _is_clamp(atom) for atom, _ in formulas)
         parts = _Factors(formulas, variables, scalar, most - optional, most, opened)
         self._products[id(factors)] = factors, parts
         return parts
@@ -452,6 +454,9 @@ class Matcher:
         elif isinstance(atom, p.MatMul):
             for contraction, scale in _of_kind(given, self.view, Contract):
                 yield from self._scale(self.matmul(atom, contraction, context, state, free), scale)
+        elif _is_clamp(atom) and (clamped := next(_of_kind(given, self.view, Clamp), None)):
+            states = self.clamp(atom, clamped[0], context, state, self._name(given))
+            yield from self._scale(_unscaled(states), clamped[1])
         elif isinstance(given, Ref):
             node = given.value.producer
             if isinstance(atom, p.Op) and node is not None:
@@ -538,6 +543,15 @@ class Matcher:
             return
         for current in states:
             yield from self.child(atom.child, operand, context, current)
+
+    def clamp(self, atom: p.Op, given: Clamp, context: Context, state: State, place: str) -> Iterator[State]:
+        """A clamp to [0, 1]."""
+        states: Iterator[State] = iter((state,))
+        if given.low != 0.0:
+            found = f"from {given.low:g} times the upper bound"
+            states = self.miss(state, "constant", "a clamp from 0", found, 1, place)
+        for current in states:
+            yield from self.child(atom.child, given.child, context, current)
 
     def softmax(self, atom: p.Softmax, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """A softmax over exactly the axis of its letter."""
@@ -964,8 +978,12 @@ def _sums(given: Atom, view: View) -> Iterator[tuple[Sum, float]]:
             yield term.factors[0][0], term.coef
 
 
+def _is_clamp(atom: Atom) -> TypeGuard[p.Op]:
+    return isinstance(atom, p.Op) and atom.name == "Clamp"
+
+
 def _of_kind(given: Atom, view: View, kind: type[K]) -> Iterator[tuple[K, float]]:
-    """The reduction or contraction that a factor is, and the number it is multiplied by."""
+    """The clamp, reduction or contraction that a factor is, and the number it is multiplied by."""
     if isinstance(given, kind):
         yield given, 1.0
     elif isinstance(given, Ref):

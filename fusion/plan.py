@@ -101,11 +101,12 @@ SPELLINGS: Mapping[str, frozenset[str]] = {
     "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
     "concat": frozenset({"Concat"}),
+    "Clamp": frozenset({"Clip", "HardSigmoid"}),
 }
 """Operators that may spell a part of a formula."""
 
 UNARY = frozenset(
-    {"Abs", "Acos", "Asin", "Atan", "Ceil", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid"}
+    {"Abs", "Acos", "Asin", "Atan", "Ceil", "Clip", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid"}
     | {"HardSwish", "LeakyRelu", "Log", "Mish", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus"}
     | {"Softsign", "Tan", "Tanh"}
 )
@@ -399,7 +400,7 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
             if exponent in (0.5, -0.5):
                 yield SPELLINGS["root"]
             if isinstance(atom, Op):
-                yield frozenset({atom.name})
+                yield SPELLINGS.get(atom.name, frozenset({atom.name}))
             elif isinstance(atom, Mean):
                 yield SPELLINGS["mean"]
             elif isinstance(atom, Softmax):

@@ -474,7 +474,7 @@ def _tops(plan: Plan) -> Container[str]:
     if isinstance(single, p.Fused):
         return single.pattern.readers
     if isinstance(single, p.Op):
-        return {single.name}
+        return MERGED | SPELLINGS[single.name] if single.name in SPELLINGS else {single.name}
     if isinstance(single, p.Join | p.Concat):
         return SPELLINGS["sum"]
     if plan.ends_in_product:

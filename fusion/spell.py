@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fusion import plan as p
 from fusion.draw import Draw
 from fusion.language import Dims
-from fusion.laws import contraction, guards, noise, pieces, reduction, ring
+from fusion.laws import clamps, contraction, guards, noise, pieces, reduction, ring
 from fusion.spell_layout import align, arrange
 from fusion.terms import Atom, Group, Item, Prod, Sum, add, leaf, multiply, number, power
 from fusion.writer import Axes, Writer, Written
@@ -195,6 +195,8 @@ class Speller:
             return ring.spell_sum(atom, self), coef
         if isinstance(atom, Group):
             return self.value(atom.product), coef
+        if isinstance(atom, p.Op) and atom.name == "Clamp":
+            return clamps.spell(atom, self), coef
         if isinstance(atom, p.Op):
             operand = self.value(atom.child)
             return self.writer.node(atom.name, [operand], operand.axes), coef

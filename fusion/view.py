@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
 from fusion.graph import Graph, Node, Value
-from fusion.laws import contraction, guards, noise, normalization, pieces, powers, reduction, ring
+from fusion.laws import clamps, contraction, guards, noise, normalization, pieces, powers, reduction, ring
 from fusion.layout import Layout
 from fusion.terms import Prod, Ref, leaf, number
 
@@ -19,6 +19,7 @@ LAWS: dict[str, Normalise] = {
     **dict.fromkeys(reduction.OPERATORS, reduction.normalise),
     **dict.fromkeys(contraction.OPERATORS, contraction.normalise),
     **dict.fromkeys(normalization.OPERATORS, normalization.normalise),
+    **dict.fromkeys(clamps.OPERATORS, clamps.normalise),
 }
 MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 """Operators that a product or sum opens where their result is private."""
