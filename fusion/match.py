@@ -19,7 +19,7 @@ from fusion.congruence import same
 from fusion.describe import describe, describe_item, spell_dims
 from fusion.graph import Node, Value
 from fusion.language import letters_of
-from fusion.laws import guards, linear, reduction, ring
+from fusion.laws import guards, linear, reduction, ring, softmax
 from fusion.layout import Layout
 from fusion.plan import SPELLINGS, UNARY, Plan, alike
 from fusion.schema import attribute, extra_attributes
@@ -199,9 +199,6 @@ class Matcher:
             yield from parts.match_concat(self, single, given, context, state)
         elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self._spine(single, context)):
             yield from spine.walk(given, 1.0, (), state)
-        elif isinstance(single, p.Softmax) and isinstance(given, Ref) and self._is_written_out(given):
-            for matched, _ in self.atom(single, self.view.source(given), context, state, False):
-                yield matched
         elif isinstance(given, Ref):
             opened = (self.view.expand if self._factors_of(term.factors).formulas else self.view.factor)(given)
             yield from self.product(term, opened, context, state, given.value.name)
@@ -558,43 +555,50 @@ class Matcher:
         if zeroed := guards.zeroed(node, given, self.view):
             yield from self._zeroed(atom, zeroed, context, state)
             return
-        states: Iterator[State] = iter((state,))
         replaced = guards.replaced(node) if self.record else None
         if replaced is not None:
-            softmax, number = replaced
-            below = Ref(softmax, given.layout)
+            masked, number = replaced
+            below = Ref(masked, given.layout)
             for missed in self.miss(state, "constant", "0 for NaN", number.name, 1, node.label):
-                if softmax.producer is not None:
-                    yield from self.softmax(atom, softmax.producer, below, context, missed)
+                if masked.producer is not None:
+                    yield from self.softmax(atom, masked.producer, below, context, missed)
             return
-        written = guards.written_out(node, self.view.facts)
-        if written is None and node.key != "Softmax":
-            lost = 1 if node.key in alike(SPELLINGS["softmax"]) else p.weight(Prod(1.0, ((atom, 1.0),)))
-            states = self.miss(state, "operator", "Softmax", node.key, lost, node.label)
-            if lost > 1:
-                yield from states
-                return
-        operand = node.inputs[0] if written is None else written[0]
-        shape = self.view.facts.shape(operand) if operand is not None else None
-        if operand is None or shape is None:
+        written = softmax.written_out(node, given, self.view)
+        if written is None and node.key not in SPELLINGS["softmax"] | alike(frozenset({"Softmax"})):
+            yield from self.miss(state, "operator", "Softmax", node.key, p.weight(leaf(atom)), node.label)
             return
+        scores = self.view.operand(given, node, 0) if written is None else written[0]
+        if scores is None:
+            return
+        last = len(scores.layout.source) - 1
         axis = attribute(node, "axis") if written is None else written[1]
-        own = int(axis) % len(shape) if isinstance(axis, int) else len(shape) - 1
+        own = int(axis) % (last + 1) if isinstance(axis, int) else last
+        state = self._bound_along(atom.letters[-1], scores.layout, own, context, state)
         positions = [position for letter in atom.letters for position in self.axes.positions(letter, context, state)]
-        if written is None and node.version < 13 and own != len(shape) - 1:
+        shifted = softmax.without_maximum(scores, self.view, positions)
+        states: Iterator[State] = iter((state,))
+        if written is None and node.key != "Softmax":
+            states = self.miss(state, "operator", "Softmax", node.key, 1, node.label)
+        elif written is None and node.version < 13 and own != last:
             states = self.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
-        elif not _covers(given.layout, positions, own):
+        elif not _covers(scores.layout, positions, own):
             states = self.miss(
                 state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1, node.label
             )
+        elif written is not None and shifted == scores:
+            states = self.miss(state, "operator", "exp(x - max(x))", "exp(x), which overflows", 1, node.label)
         for current in states:
-            scores = _without_maximum(Ref(operand, given.layout), self.view, positions)
-            yield from self.child(atom.child, scores, context, current)
+            yield from self.child(atom.child, shifted, context, current)
 
-    def _is_written_out(self, given: Ref) -> bool:
-        """Whether a value is a softmax that is a quotient in the graph, which the ring would take apart."""
-        node = self.view.source(given).value.producer
-        return node is not None and guards.written_out(node, self.view.facts) is not None
+    def _bound_along(self, letter: str, layout: Layout, axis: int, context: Context, state: State) -> State:
+        """Let the last letter of the result, still free, stand for the coordinate axis that runs along an axis."""
+        position = next((own for own in range(len(layout.axes)) if layout.whole(own) == axis), None)
+        taken = letter in context or letter in state.letters or letters_of(self.plan.dims)[-1:] != (letter,)
+        if taken or position is None:
+            return state
+        bound = state.copy()
+        bound.letters[letter] = (position,)
+        return bound
 
     def _zeroed(
         self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State
@@ -990,24 +994,6 @@ def _of_kind(given: Atom, view: View, kind: type[K]) -> Iterator[tuple[K, float]
         term = view.expand(given)
         if len(term.factors) == 1 and term.factors[0][1] == 1.0 and isinstance(term.factors[0][0], kind):
             yield term.factors[0][0], term.coef
-
-
-def _without_maximum(ref: Ref, view: View, positions: list[int]) -> Ref:
-    """x where `ref` is x - max(x), the same along these axes, which a softmax over them does not see."""
-    single = view.expand(ref).single
-    if isinstance(single, Sum) and single.const == 0.0 and len(single.items) == 2:
-        for kept, maximum in (single.items, single.items[::-1]):
-            subtracted = maximum.factors[0][0]
-            reduced = subtracted
-            if isinstance(subtracted, Ref):
-                reduced = view.expand(subtracted).single
-            if kept.origin is not None and kept.coef == 1.0 and maximum.coef == -1.0 and isinstance(reduced, Reduce):
-                inner = reduced.child
-                if reduced.kind != "max" or not isinstance(inner, Ref) or any(map(inner.layout.depends, positions)):
-                    continue
-                if inner.value is view.source(kept.origin).value:
-                    return kept.origin
-    return ref
 
 
 def _covers(layout: Layout, positions: list[int], axis: int) -> bool:

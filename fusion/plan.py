@@ -375,10 +375,10 @@ def children(atom: Atom) -> Iterator[Prod]:
 
 
 def weight(term: Prod) -> int:
-    """The number of operators and captures of a term."""
+    """The number of operators and captures of a term; a softmax is three, as it is written out."""
     total = 0 if term.coef == 1.0 else 1
     for atom, _ in term.factors:
-        own = 0 if isinstance(atom, Group | Kept) else 1
+        own = 0 if isinstance(atom, Group | Kept) else 3 if isinstance(atom, Softmax) else 1
         total += own + sum(weight(child) for child in children(atom))
     return total
 

@@ -19,6 +19,7 @@ from fusion.facts import Facts
 from fusion.found import Found, New, NewNode, Unmet
 from fusion.graph import Graph, Node, Value
 from fusion.language import Emit, Pattern
+from fusion.laws import softmax
 from fusion.laws.noise import FLOATS
 from fusion.match import Matcher
 from fusion.plan import SPELLINGS, Plan, compile_pattern
@@ -479,7 +480,7 @@ def _tops(plan: Plan) -> Container[str]:
         return SPELLINGS["sum"]
     if plan.ends_in_product:
         return MERGED | SPELLINGS["matmul"] | {"Transpose"}
-    return {"Softmax", "Div"} if isinstance(single, p.Softmax) else MERGED
+    return SPELLINGS["softmax"] | softmax.OPERATORS if isinstance(single, p.Softmax) else MERGED
 
 
 def _is_stale(candidate: Candidate) -> bool:

@@ -4,7 +4,7 @@ from math import pi
 
 from onnx import TensorProto
 
-from fusion.language import clamp, either, erf, exp, log, pattern, relu, scalar, sigmoid, sqrt, tanh
+from fusion.language import clamp, either, erf, exp, log, pattern, relu, scalar, sigmoid, softmax, sqrt, tanh
 from fusion.schema import attribute
 
 
@@ -54,6 +54,12 @@ def hard_sigmoid(x, alpha, beta):
 def hard_swish(x):
     """x relu6(x + 3) / 6 (Howard et al. 2019, section 5.2)."""
     return x * clamp(x / 6 + 0.5)
+
+
+@pattern(x="... T")
+def stable_softmax(x):
+    """exp(x - max(x)) / Σ exp(x - max(x)) along the last axis (Bridle 1990, eq. 2): a softmax, written out."""
+    return softmax(x)
 
 
 @pattern(x="... D", bias="D")
@@ -154,6 +160,12 @@ def _(found, op):
 def _(found, op):
     _require_single(found)
     return op.HardSwish(found.x)
+
+
+@stable_softmax.emit("onnx", "ort-cpu", "ort-cuda", last=True)
+def _(found, op):
+    found.require(found.state.letters["T"] == (found.rank - 1,), "it runs along another axis than the last")
+    return op.guarded(op.Softmax(op.arranged(found.x), axis=-1))
 
 
 @bias_gelu.emit("ort-cpu", "ort-cuda")

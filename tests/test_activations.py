@@ -118,3 +118,63 @@ def test_a_clip_that_does_not_start_at_0_is_named():
     y = b.node("Clip", b.add(b.mul(b.input("x", ["B", 11]), 0.25), 0.5), 0.125, 1.0)
     (place,) = fusion.why(b.model(y), "hard_sigmoid").places
     assert [miss.text for miss in place.misses] == ["expected a clamp from 0, found from 0.125 times the upper bound"]
+
+
+def quotient(b, x, axis=-1, *, form="Div", shift=True, over=None):
+    """exp(x - max(x)) / sum(exp(x - max(x))), as it is written where there is no Softmax."""
+    power = b.node("Exp", b.sub(x, b.max_over(x, (axis,))) if shift else x)
+    axes = np.array([axis if over is None else over])
+    total = b.node("ReduceSum", power, axes, keepdims=1)
+    return b.div(power, total) if form == "Div" else b.mul(b.node("Reciprocal", total), power)
+
+
+@pytest.mark.parametrize("form", ["Div", "Reciprocal"])
+@pytest.mark.parametrize("dims", [["N", "S", 5], [2, 3, 5], ["N", "S", "T"]])
+def test_a_softmax_written_out(dims, form):
+    b = Build()
+    feeds = [{"x": numbers(2, 3, 5, seed=seed) * scale} for seed, scale in ((1, 1.0), (2, 200.0))]
+    model = b.model(quotient(b, b.input("x", dims), form=form))
+    result = same(model, feeds)
+    assert operators(result.model) == {"Softmax": 1}
+    x = feeds[1]["x"].astype(np.float64)
+    e = np.exp(x - x.max(-1, keepdims=True))
+    (got,) = run(result.model, feeds[1]).values()
+    np.testing.assert_allclose(got, e / e.sum(-1, keepdims=True), rtol=1e-5, atol=1e-7)
+
+
+def test_infinities_and_nan_in_a_softmax_stay_what_they_are():
+    b = Build()
+    x = np.array([[0, -np.inf, 1], [-np.inf, -np.inf, -np.inf], [0, np.inf, 1], [0, np.nan, 1]], np.float32)
+    assert operators(same(b.model(quotient(b, b.input("x", ["N", 3]))), {"x": x}).model) == {"Softmax": 1}
+
+
+def test_a_maximum_before_a_softmax_is_not_needed():
+    b = Build()
+    x = b.input("x", ["N", "S", 5])
+    y = b.softmax(b.sub(x, b.max_over(x, (-1,))), axis=-1)
+    assert operators(same(b.model(y), {"x": numbers(2, 3, 5)}).model) == {"Softmax": 1}
+
+
+def test_a_softmax_over_another_axis_than_the_last_is_left():
+    b = Build()
+    model = b.model(quotient(b, b.input("x", ["N", "S", 5]), axis=1))
+    assert same(model, {"x": numbers(2, 3, 5)}).counts == {}
+    (place,) = fusion.why(model, "stable_softmax").places
+    assert [miss.text for miss in place.misses] == ["it runs along another axis than the last"]
+
+
+def test_a_nan_guard_behind_it_stays():
+    b = Build()
+    p = quotient(b, b.input("x", ["N", 3]))
+    y = b.node("Where", b.node("IsNaN", p), 0.0, p)
+    result = same(b.model(y), {"x": np.array([[-np.inf] * 3, [1, 2, 3]], np.float32)})
+    assert operators(result.model) == {"Softmax": 1, "IsNaN": 1, "Where": 1}
+
+
+@pytest.mark.parametrize("wrong", [{"shift": False}, {"over": 0}, {"over": 1, "axis": 0}])
+def test_what_is_no_softmax(wrong):
+    b = Build()
+    model = b.model(quotient(b, b.input("x", [4, 4]), **wrong))
+    assert "Softmax" not in operators(same(model, {"x": numbers(4, 4)}).model)
+    misses = [miss.text for place in fusion.why(model, "stable_softmax").places for miss in place.misses]
+    assert misses[0] == "expected exp(x - max(x)), found exp(x), which overflows"
