@@ -163,14 +163,16 @@ def sqrt(x: Any) -> Any:
 
 
 def mean(x: Any, over: str | None = None) -> Any:
-    """Mean over one letter (the last one), kept as an axis of size 1. In a pattern the letter may be several axes."""
+    """Mean over letters such as "C S" (the last one), kept as axes of size 1. The last one may be several axes."""
+    letters = tuple((over or "").split())
     if isinstance(x, Expr):
         dims = x.dims or ()
-        letter = over or (dims[-1] if dims else "")
-        if letter not in dims or letter == ELLIPSIS:
-            raise misuse(f"mean over {letter!r}, which is no letter of {spell_axes(dims)}")
-        return Expr("reduce", (x,), dims, name="mean", letters=(letter,))
-    return np.mean(x, axis=-1, keepdims=True)
+        letters = letters or dims[-1:]
+        for letter in letters or ("",):
+            if letter not in dims or letter == ELLIPSIS:
+                raise misuse(f"mean over {letter!r}, which is no letter of {spell_axes(dims)}")
+        return Expr("reduce", (x,), dims, name="mean", letters=letters)
+    return np.mean(x, axis=tuple(range(-max(1, len(letters)), 0)), keepdims=True)
 
 
 def softmax(x: Any, over: str | None = None) -> Any:

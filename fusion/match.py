@@ -142,7 +142,7 @@ class Matcher:
             for state in self.child(self.plan.root, ref, {}, start):
                 self.limit = min(self.limit, state.unmet)
                 yield ref, state
-        if not legible:
+        if not legible and self.plan.inner:
             yield from self._illegible(value, root.layout, f"axes {spell_dims(self.plan.dims)}", "no such seams")
 
     def _illegible(self, value: Value, layout: Layout, expected: str, found: str) -> Iterator[tuple[Ref, State]]:
@@ -618,13 +618,14 @@ class Matcher:
         child = given.child
         first = child if isinstance(child, Ref) else next(references(child), None)
         letter = atom.letters[-1]
-        if first is None or len(atom.letters) != 1:
+        if first is None:
             return
         start = len(first.layout.axes) - given.rank
-        outside = context.get(letter, state.letters.get(letter))
+        spans = [context.get(own, state.letters.get(own)) for own in atom.letters]
+        outside = None if None in spans else tuple(axis for span in spans for axis in span or ())
         bound = state
         if outside is None:
-            if letters_of(self.plan.dims)[-1:] != (letter,):
+            if letters_of(self.plan.dims)[-1:] != (letter,) or len(spans) != 1:
                 return
             spread = tuple(axis for axis in range(self.axes.rank) if not first.layout.depends(axis))
             if len(spread) != given.rank:
@@ -641,17 +642,19 @@ class Matcher:
             sizes = [first.layout.shape[axis] for axis in outside]
             child = recut(child, start, start + given.rank, sizes) or child
             first = child if isinstance(child, Ref) else next(references(child))
-        inside = tuple(range(start, len(first.layout.axes)))
+        inside, name = tuple(range(start, len(first.layout.axes))), " ".join(atom.letters)
         states: Iterator[State] = iter((bound,))
         if len(outside) != len(inside):
-            states = self.miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)
+            states = self.miss(state, "dimension", f"a mean over {name}", f"{given.rank} axes", 1, first.value.name)
         elif any(first.layout.depends(axis) for axis in outside):
-            states = self.miss(state, "dimension", f"a mean over {letter}", "another axis", 1, first.value.name)
+            states = self.miss(state, "dimension", f"a mean over {name}", "another axis", 1, first.value.name)
         for current in states:
             over = None if context or current is bound else self._over(first, outside)
             if over is not None and isinstance(child, Ref):
                 child, inside = over, tuple(range(self.axes.rank, self.axes.rank + len(outside)))
-            yield from self.child(atom.child, child, {**context, letter: inside}, current)
+            letters = {own: inside[place : place + 1] for place, own in enumerate(atom.letters)}
+            letters[letter] = inside[len(atom.letters) - 1 :]
+            yield from self.child(atom.child, child, {**context, **letters}, current)
 
     def _over(self, child: Ref, reduced: tuple[int, ...]) -> Ref | None:
         """What a mean reads, in the coordinates that it would have if it ran over these axes of the root."""

@@ -135,7 +135,7 @@ class Plan:
     Attributes:
         root: the normal form of its result.
         dims: axes of the result.
-        inner: the letters of what a result with merged axes, such as `B S (H E)`, rearranges; else empty.
+        inner: the letters of the product that a result with merged axes, such as `B S (H E)`, rearranges; else empty.
         anchors: for each mandatory part, the operators that may spell it; the rarest in a graph is the anchor.
         operators: every operator that may spell a part.
         height: how many of these may stand between an anchor and the root.
@@ -182,7 +182,7 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
                 pattern,
                 root,
                 pattern.dims,
-                _inner(pattern.result),
+                _inner(pattern.result) if isinstance(root.single, MatMul) else (),
                 pattern.captures,
                 builder.kept_names,
                 anchors,
@@ -202,8 +202,8 @@ def compile_pattern(pattern: Pattern) -> list[Plan]:
 
 
 def _inner(result: Expr) -> tuple[str, ...]:
-    """The letters of the value that a result with merged axes rearranges; pieces that are joined rearrange nothing."""
-    if result.kind == "join" or all(isinstance(token, str) for token in result.tokens or ()):
+    """The letters of the product that a result with merged axes rearranges."""
+    if all(isinstance(token, str) for token in result.tokens or ()):
         return ()
     if result.call is not None:
         bound = result.call.letters
