@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fusion import plan as p
+from fusion.dims import product
 from fusion.language import ELLIPSIS, Dims, letters_of
 from fusion.layout import Axis, Layout
 from fusion.plan import Plan
 from fusion.radix import digits
 from fusion.state import Context, State
-from fusion.terms import Ref
+from fusion.terms import Prod, Reduce, Ref, Sum
 from fusion.view import View
 
 
@@ -23,16 +25,18 @@ class Axes:
     def __init__(self, plan: Plan) -> None:
         self.dims = plan.dims
         self.inner = plan.inner
+        self.group = _group(plan)
         self.rank = 0
 
     def split(self, root: Ref, view: View) -> Iterator[tuple[Ref, dict[str, tuple[int, ...]]]]:
         """Give the result's letters their coordinate axes.
 
-        A result with merged axes, such as `B S (H E)`, is matched in the coordinates of what it rearranges, cut where
-        the root's own layout has a seam: the root may lie in any order and grouping of these axes.
+        A product with merged axes, such as `B S (H E)`, is matched in the coordinates of what it rearranges, cut where
+        the root's own layout has a seam: the root may lie in any order and grouping of these axes. A normalization over
+        a part of an axis, such as `N (G C) S`, is cut as the first mean below the root has it.
         """
         if not self.inner:
-            yield root, {}
+            yield from self._cut(root, view) if self.group is not None else ((root, {}),)
             return
         peeled = view.peel(root).ref
         axes: list[Axis] = []
@@ -47,6 +51,26 @@ class Axes:
         ref = Ref(peeled.value, Layout(tuple(axes), peeled.layout.offsets, peeled.layout.source))
         for letters in self._lettered(axes, peeled.layout):
             yield ref, letters
+
+    def _cut(self, root: Ref, view: View) -> Iterator[tuple[Ref, dict[str, tuple[int, ...]]]]:
+        """Cut the group's axis into what the first mean below the root depends on, and what it runs over."""
+        at, rank = self.group or 0, len(root.layout.axes)
+        mean = next(_means(view.expand(root), view), None)
+        child = mean.child if mean is not None else None
+        layout = child.layout if isinstance(child, Ref) else None
+        if layout is None or rank < len(self.dims):
+            return
+        factors = layout.axes[at]
+        kept = [factor for factor in factors if factor[0] is not None]
+        if len(kept) == len(factors) or kept != list(factors[: len(kept)]):
+            return
+        cut = root.layout.split(at, [product(size for _, _, size in part) for part in (kept, factors[len(kept) :])])
+        if cut is None:
+            return
+        letters = letters_of(self.dims)
+        positions: dict[str, tuple[int, ...]] = {letter: (axis,) for axis, letter in enumerate(letters)}
+        positions[letters[-1]] = tuple(range(len(letters) - 1, rank + 1))
+        yield Ref(root.value, cut), positions
 
     def _lettered(self, axes: list[Axis], root: Layout) -> Iterator[dict[str, tuple[int, ...]]]:
         """The inner letters for these axes: the last two as they lie or swapped, the others in the order they have.
@@ -119,6 +143,23 @@ class Axes:
         for start, stop in reversed(spans):
             viewed = viewed.merge(start, stop)
         return viewed
+
+
+def _group(plan: Plan) -> int | None:
+    """The place of the merged axis in a result that normalizes over a part of it; None for any other result."""
+    groups = [axis for axis, token in enumerate(plan.dims) if not isinstance(token, str)]
+    return groups[0] if groups and not isinstance(plan.root.single, p.MatMul | p.Join | p.Concat) else None
+
+
+def _means(term: Prod, view: View) -> Iterator[Reduce]:
+    """The reductions among the factors and summands of a term."""
+    for atom, _ in term.factors:
+        inner = view.expand(atom).single if isinstance(atom, Ref) else atom
+        if isinstance(inner, Reduce):
+            yield inner
+        elif isinstance(atom, Sum):
+            for item in atom.items:
+                yield from _means(Prod(item.coef, item.factors), view)
 
 
 def _around_ellipsis(letters: tuple[str, ...]) -> tuple[list[str], bool, list[str]]:

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fusion.beside import additive, guarded, is_causal
 from fusion.cache import split_cache
+from fusion.captures import parse
 from fusion.dims import Dim, product, terms
 from fusion.found import Captured, Found, New, NewNode, Operand, Unmet
 from fusion.graph import Value
@@ -98,16 +99,19 @@ class Builder:
         tensor = numpy_helper.from_array(array, hint)
         return New(tensor.data_type, tuple(array.shape), tensor)
 
-    def ones(self, letter: str) -> New:
-        """Ones over the axes of a letter, in the dtype of the root."""
-        sizes = self._found.dims(letter)
+    def ones(self, spec: str) -> New:
+        """Ones over the axes of a letter, or of several merged, in the dtype of the root."""
+        sizes: list[Dim] = []
+        for token in parse(spec)[0]:
+            own = [size for letter in token for size in self._found.dims(letter)]
+            sizes.extend(own if isinstance(token, str) else [product(own)])
         if not all(isinstance(size, int) for size in sizes):
-            raise self.unmet(f"the size of {letter} is not a known number", self._found.root)
+            raise self.unmet(f"the size of {spec} is not a known number", self._found.root)
         return self.constant(np.ones([int(str(s)) for s in sizes], self._numpy), "ones")
 
-    def zeros(self, letter: str) -> New:
-        """Zeros over the axes of a letter."""
-        ones = self.ones(letter)
+    def zeros(self, spec: str) -> New:
+        """Zeros over the same."""
+        ones = self.ones(spec)
         return self.constant(np.zeros([int(str(size)) for size in ones.shape or ()], self._numpy), "zeros")
 
     @property

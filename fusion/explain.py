@@ -119,6 +119,7 @@ class Explainer:
         wide = replace(plan, operators=alike(plan.operators) | LIKE_SUMS, height=plan.height + 1)
         single = plan.root.single
         last = alike(frozenset({single.name})) if isinstance(single, p.Op) else LIKE_SUMS
+        last |= alike(frozenset({"Softmax"})) if isinstance(single, p.Softmax) else frozenset()
         last |= LAYOUTS if plan.inner else frozenset()
         fits = [
             (value.producer.position, value)

@@ -51,6 +51,9 @@ class Expr:
     def __neg__(self) -> Expr:
         return _elementwise("mul", -1.0, self)
 
+    def __abs__(self) -> Expr:
+        return Expr("op", (self,), self.dims, name="Abs")
+
     def __mul__(self, other: Operand) -> Expr:
         return _elementwise("mul", self, other)
 
@@ -146,7 +149,10 @@ def _erf(x: Any) -> Any:
 erf = _unary("Erf", _erf)
 tanh = _unary("Tanh", np.tanh)
 exp = _unary("Exp", np.exp)
+log = _unary("Log", np.log)
 sigmoid = _unary("Sigmoid", lambda x: 1 / (1 + np.exp(-x)))
+relu = _unary("Relu", lambda x: np.maximum(x, 0))
+clamp = _unary("Clamp", lambda x: np.clip(x, 0, 1))
 
 
 def sqrt(x: Any) -> Any:
@@ -157,14 +163,16 @@ def sqrt(x: Any) -> Any:
 
 
 def mean(x: Any, over: str | None = None) -> Any:
-    """Mean over one letter (the last one), kept as an axis of size 1. In a pattern the letter may be several axes."""
+    """Mean over letters such as "C S" (the last one), kept as axes of size 1. The last one may be several axes."""
+    letters = tuple((over or "").split())
     if isinstance(x, Expr):
         dims = x.dims or ()
-        letter = over or (dims[-1] if dims else "")
-        if letter not in dims or letter == ELLIPSIS:
-            raise misuse(f"mean over {letter!r}, which is no letter of {spell_axes(dims)}")
-        return Expr("reduce", (x,), dims, name="mean", letters=(letter,))
-    return np.mean(x, axis=-1, keepdims=True)
+        letters = letters or dims[-1:]
+        for letter in letters or ("",):
+            if letter not in dims or letter == ELLIPSIS:
+                raise misuse(f"mean over {letter!r}, which is no letter of {spell_axes(dims)}")
+        return Expr("reduce", (x,), dims, name="mean", letters=letters)
+    return np.mean(x, axis=tuple(range(-max(1, len(letters)), 0)), keepdims=True)
 
 
 def softmax(x: Any, over: str | None = None) -> Any:

@@ -28,15 +28,18 @@ from fusion.expressions import (
     as_expr,
     axes,
     chain,
+    clamp,
     concat,
     either,
     erf,
     exp,
     join,
     keep,
+    log,
     mean,
     misuse,
     pieces,
+    relu,
     sigmoid,
     sizes_given,
     softmax,
@@ -48,9 +51,9 @@ from fusion.expressions import (
 )
 
 __all__ = [
-    "ELLIPSIS", "Capture", "Dims", "Emit", "Expr", "Pattern", "along", "axes", "chain", "concat", "either", "erf",
-    "exp", "join", "keep", "letters_of", "mean", "optional", "pattern", "pieces", "rest", "scalar", "sigmoid",
-    "softmax", "sqrt", "tanh", "tensor", "walk",
+    "ELLIPSIS", "Capture", "Dims", "Emit", "Expr", "Pattern", "along", "axes", "chain", "clamp", "concat", "either",
+    "erf", "exp", "join", "keep", "letters_of", "log", "mean", "optional", "pattern", "pieces", "relu", "rest",
+    "scalar", "sigmoid", "softmax", "sqrt", "tanh", "tensor", "walk",
 ]  # fmt: skip
 
 

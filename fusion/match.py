@@ -19,9 +19,9 @@ from fusion.congruence import same
 from fusion.describe import spell_dims
 from fusion.graph import Node, Value
 from fusion.language import letters_of
-from fusion.laws import guards, linear, reduction, ring
+from fusion.laws import guards, linear, reduction, ring, softmax
 from fusion.layout import Layout
-from fusion.plan import SPELLINGS, UNARY, Plan, alike
+from fusion.plan import SPELLINGS, UNARY, Plan, alike, is_clamp
 from fusion.products import Products
 from fusion.schema import attribute, extra_attributes
 from fusion.spine import Spine
@@ -29,6 +29,7 @@ from fusion.state import Context, Entry, Miss, State
 from fusion.sums import Sums
 from fusion.terms import (
     Atom,
+    Clamp,
     Contract,
     Group,
     Item,
@@ -36,6 +37,7 @@ from fusion.terms import (
     Reduce,
     Ref,
     Sum,
+    leaf,
     recut,
     references,
 )
@@ -43,7 +45,7 @@ from fusion.verdict import Verdict
 from fusion.view import View
 
 Part = TypeVar("Part", contravariant=True)
-K = TypeVar("K", Reduce, Contract)
+K = TypeVar("K", Clamp, Contract, Reduce)
 
 TOLERANCE: dict[int, float] = {TensorProto.FLOAT16: 1e-3, TensorProto.BFLOAT16: 8e-3, TensorProto.DOUBLE: 1e-7}
 """Relative error allowed in a constant, by the dtype it is computed in; 1e-5 for float: exporters round 1.41421."""
@@ -113,7 +115,7 @@ class Matcher:
             for state in self.child(self.plan.root, ref, {}, start):
                 self.limit = min(self.limit, state.unmet)
                 yield ref, state
-        if not legible:
+        if not legible and self.plan.inner:
             yield from self._illegible(value, root.layout, f"axes {spell_dims(self.plan.dims)}", "no such seams")
 
     def _illegible(self, value: Value, layout: Layout, expected: str, found: str) -> Iterator[tuple[Ref, State]]:
@@ -171,9 +173,6 @@ class Matcher:
             yield from parts.match_concat(self, single, given, context, state)
         elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self._spine(single, context)):
             yield from spine.walk(given, 1.0, (), state)
-        elif isinstance(single, p.Softmax) and isinstance(given, Ref) and self._is_written_out(given):
-            for matched, _ in self.atom(single, self.view.source(given), context, state, False):
-                yield matched
         elif isinstance(given, Ref):
             opened = (self.view.expand if self.products.plan_of(term.factors).formulas else self.view.factor)(given)
             yield from self.products.match(term, opened, context, state, given.value.name)
@@ -224,6 +223,9 @@ class Matcher:
         elif isinstance(atom, p.MatMul):
             for contraction, scale in _of_kind(given, self.view, Contract):
                 yield from self._scale(self.matmul(atom, contraction, context, state, free), scale)
+        elif is_clamp(atom) and (clamped := next(_of_kind(given, self.view, Clamp), None)):
+            states = self.clamp(atom, clamped[0], context, state, self.name(given))
+            yield from self._scale(_unscaled(states), clamped[1])
         elif isinstance(given, Ref):
             node = given.value.producer
             if isinstance(atom, p.Op) and node is not None:
@@ -313,48 +315,64 @@ class Matcher:
         for current in states:
             yield from self.child(atom.child, operand, context, current)
 
+    def clamp(self, atom: p.Op, given: Clamp, context: Context, state: State, place: str) -> Iterator[State]:
+        """A clamp to [0, 1]."""
+        states: Iterator[State] = iter((state,))
+        if given.low != 0.0:
+            found = f"from {given.low:g} times the upper bound"
+            states = self.miss(state, "constant", "a clamp from 0", found, 1, place)
+        for current in states:
+            yield from self.child(atom.child, given.child, context, current)
+
     def softmax(self, atom: p.Softmax, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """A softmax over exactly the axis of its letter."""
         if zeroed := guards.zeroed(node, given, self.view):
             yield from self._zeroed(atom, zeroed, context, state)
             return
-        states: Iterator[State] = iter((state,))
         replaced = guards.replaced(node) if self.record else None
         if replaced is not None:
-            softmax, number = replaced
-            below = Ref(softmax, given.layout)
+            masked, number = replaced
+            below = Ref(masked, given.layout)
             for missed in self.miss(state, "constant", "0 for NaN", number.name, 1, node.label):
-                if softmax.producer is not None:
-                    yield from self.softmax(atom, softmax.producer, below, context, missed)
+                if masked.producer is not None:
+                    yield from self.softmax(atom, masked.producer, below, context, missed)
             return
-        written = guards.written_out(node, self.view.facts)
-        if written is None and node.key != "Softmax":
-            lost = 1 if node.key in alike(SPELLINGS["softmax"]) else p.weight(Prod(1.0, ((atom, 1.0),)))
-            states = self.miss(state, "operator", "Softmax", node.key, lost, node.label)
-            if lost > 1:
-                yield from states
-                return
-        operand = node.inputs[0] if written is None else written[0]
-        shape = self.view.facts.shape(operand) if operand is not None else None
-        if operand is None or shape is None:
+        written = softmax.written_out(node, given, self.view)
+        if written is None and node.key not in SPELLINGS["softmax"] | alike(frozenset({"Softmax"})):
+            yield from self.miss(state, "operator", "Softmax", node.key, p.weight(leaf(atom)), node.label)
             return
+        scores = self.view.operand(given, node, 0) if written is None else written[0]
+        if scores is None:
+            return
+        last = len(scores.layout.source) - 1
         axis = attribute(node, "axis") if written is None else written[1]
-        own = int(axis) % len(shape) if isinstance(axis, int) else len(shape) - 1
+        own = int(axis) % (last + 1) if isinstance(axis, int) else last
+        state = self._bound_along(atom.letters[-1], scores.layout, own, context, state)
         positions = [position for letter in atom.letters for position in self.axes.positions(letter, context, state)]
-        if written is None and node.version < 13 and own != len(shape) - 1:
+        shifted = softmax.without_maximum(scores, self.view, positions)
+        states: Iterator[State] = iter((state,))
+        if written is None and node.key != "Softmax":
+            states = self.miss(state, "operator", "Softmax", node.key, 1, node.label)
+        elif written is None and node.version < 13 and own != last:
             states = self.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
-        elif not _covers(given.layout, positions, own):
+        elif not _covers(scores.layout, positions, own):
             states = self.miss(
                 state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1, node.label
             )
+        elif written is not None and shifted == scores:
+            states = self.miss(state, "operator", "exp(x - max(x))", "exp(x), which overflows", 1, node.label)
         for current in states:
-            scores = _without_maximum(Ref(operand, given.layout), self.view, positions)
-            yield from self.child(atom.child, scores, context, current)
+            yield from self.child(atom.child, shifted, context, current)
 
-    def _is_written_out(self, given: Ref) -> bool:
-        """Whether a value is a softmax that is a quotient in the graph, which the ring would take apart."""
-        node = self.view.source(given).value.producer
-        return node is not None and guards.written_out(node, self.view.facts) is not None
+    def _bound_along(self, letter: str, layout: Layout, axis: int, context: Context, state: State) -> State:
+        """Let the last letter of the result, still free, stand for the coordinate axis that runs along an axis."""
+        position = next((own for own in range(len(layout.axes)) if layout.whole(own) == axis), None)
+        taken = letter in context or letter in state.letters or letters_of(self.plan.dims)[-1:] != (letter,)
+        if taken or position is None:
+            return state
+        bound = state.copy()
+        bound.letters[letter] = (position,)
+        return bound
 
     def _zeroed(
         self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State
@@ -374,13 +392,14 @@ class Matcher:
         child = given.child
         first = child if isinstance(child, Ref) else next(references(child), None)
         letter = atom.letters[-1]
-        if first is None or len(atom.letters) != 1:
+        if first is None:
             return
         start = len(first.layout.axes) - given.rank
-        outside = context.get(letter, state.letters.get(letter))
+        spans = [context.get(own, state.letters.get(own)) for own in atom.letters]
+        outside = None if None in spans else tuple(axis for span in spans for axis in span or ())
         bound = state
         if outside is None:
-            if letters_of(self.plan.dims)[-1:] != (letter,):
+            if letters_of(self.plan.dims)[-1:] != (letter,) or len(spans) != 1:
                 return
             spread = tuple(axis for axis in range(self.axes.rank) if not first.layout.depends(axis))
             if len(spread) != given.rank:
@@ -397,17 +416,19 @@ class Matcher:
             sizes = [first.layout.shape[axis] for axis in outside]
             child = recut(child, start, start + given.rank, sizes) or child
             first = child if isinstance(child, Ref) else next(references(child))
-        inside = tuple(range(start, len(first.layout.axes)))
+        inside, name = tuple(range(start, len(first.layout.axes))), " ".join(atom.letters)
         states: Iterator[State] = iter((bound,))
         if len(outside) != len(inside):
-            states = self.miss(state, "dimension", f"a mean over {letter}", f"{given.rank} axes", 1, first.value.name)
+            states = self.miss(state, "dimension", f"a mean over {name}", f"{given.rank} axes", 1, first.value.name)
         elif any(first.layout.depends(axis) for axis in outside):
-            states = self.miss(state, "dimension", f"a mean over {letter}", "another axis", 1, first.value.name)
+            states = self.miss(state, "dimension", f"a mean over {name}", "another axis", 1, first.value.name)
         for current in states:
             over = None if context or current is bound else self._over(first, outside)
             if over is not None and isinstance(child, Ref):
                 child, inside = over, tuple(range(self.axes.rank, self.axes.rank + len(outside)))
-            yield from self.child(atom.child, child, {**context, letter: inside}, current)
+            letters = {own: inside[place : place + 1] for place, own in enumerate(atom.letters)}
+            letters[letter] = inside[len(atom.letters) - 1 :]
+            yield from self.child(atom.child, child, {**context, **letters}, current)
 
     def _over(self, child: Ref, reduced: tuple[int, ...]) -> Ref | None:
         """What a mean reads, in the coordinates that it would have if it ran over these axes of the root."""
@@ -585,31 +606,13 @@ def _sums(given: Atom, view: View) -> Iterator[tuple[Sum, float]]:
 
 
 def _of_kind(given: Atom, view: View, kind: type[K]) -> Iterator[tuple[K, float]]:
-    """The reduction or contraction that a factor is, and the number it is multiplied by."""
+    """The clamp, reduction or contraction that a factor is, and the number it is multiplied by."""
     if isinstance(given, kind):
         yield given, 1.0
     elif isinstance(given, Ref):
         term = view.expand(given)
         if len(term.factors) == 1 and term.factors[0][1] == 1.0 and isinstance(term.factors[0][0], kind):
             yield term.factors[0][0], term.coef
-
-
-def _without_maximum(ref: Ref, view: View, positions: list[int]) -> Ref:
-    """x where `ref` is x - max(x), the same along these axes, which a softmax over them does not see."""
-    single = view.expand(ref).single
-    if isinstance(single, Sum) and single.const == 0.0 and len(single.items) == 2:
-        for kept, maximum in (single.items, single.items[::-1]):
-            subtracted = maximum.factors[0][0]
-            reduced = subtracted
-            if isinstance(subtracted, Ref):
-                reduced = view.expand(subtracted).single
-            if kept.origin is not None and kept.coef == 1.0 and maximum.coef == -1.0 and isinstance(reduced, Reduce):
-                inner = reduced.child
-                if reduced.kind != "max" or not isinstance(inner, Ref) or any(map(inner.layout.depends, positions)):
-                    continue
-                if inner.value is view.source(kept.origin).value:
-                    return kept.origin
-    return ref
 
 
 def _covers(layout: Layout, positions: list[int], axis: int) -> bool:

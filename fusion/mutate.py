@@ -130,7 +130,7 @@ def _guards(graph: GraphProto) -> set[str]:
     for node in graph.node:
         if node.op_type == "ReduceMax" or found & set(node.input):
             found.update(node.output)
-        if node.op_type == "Softmax":
+        if node.op_type in ("Softmax", "Exp"):
             break
     return found
 
@@ -242,7 +242,7 @@ def _capture(change: _Change) -> str:
 KINDS: Mapping[str, tuple[Callable[[_Change], str], frozenset[str]]] = {
     "constant": (_constant, frozenset({"constant", "operator"})),
     "operator": (_operator, frozenset({"operator", "constant", "arity"})),
-    "attribute": (_attribute, frozenset({"attribute", "dimension", "constant", "same value"})),
+    "attribute": (_attribute, frozenset({"attribute", "dimension", "constant", "same value", "operator"})),
     "order": (_order, frozenset({"operator", "constant", "arity", "dimension", "attribute", "same value"})),
     "value": (_value, frozenset({"same value", "operator", "arity"})),
     "dimension": (_dimension, frozenset({"dimension", "arity", "constant"})),
@@ -253,5 +253,6 @@ KINDS: Mapping[str, tuple[Callable[[_Change], str], frozenset[str]]] = {
 }
 """How each kind is made, and the obligations one of which it breaks.
 
-What is reduced over another axis lies in other axes than where it is used again, so it may be another value there.
+What is reduced over another axis lies in other axes than where it is used again, so it may be another value there, or
+not the maximum that is wanted.
 """

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from fusion.errors import PatternError
 from fusion.language import Capture, Dims, Expr, Pattern, walk
@@ -102,11 +102,12 @@ SPELLINGS: Mapping[str, frozenset[str]] = {
     "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
     "concat": frozenset({"Concat"}),
+    "Clamp": frozenset({"Clip", "HardSigmoid"}),
 }
 """Operators that may spell a part of a formula."""
 
 UNARY = frozenset(
-    {"Abs", "Acos", "Asin", "Atan", "Ceil", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid"}
+    {"Abs", "Acos", "Asin", "Atan", "Ceil", "Clip", "Cos", "Cosh", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid"}
     | {"HardSwish", "LeakyRelu", "Log", "Mish", "Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus"}
     | {"Softsign", "Tan", "Tanh"}
 )
@@ -135,7 +136,7 @@ class Plan:
     Attributes:
         root: the normal form of its result.
         dims: axes of the result.
-        inner: the letters of what a result with merged axes, such as `B S (H E)`, rearranges; else empty.
+        inner: the letters of the product that a result with merged axes, such as `B S (H E)`, rearranges; else empty.
         anchors: for each mandatory part, the operators that may spell it; the rarest in a graph is the anchor.
         operators: every operator that may spell a part.
         height: how many of these may stand between an anchor and the root.
@@ -183,7 +184,7 @@ def plans_of(pattern: Pattern) -> tuple[Plan, ...]:
                 pattern,
                 root,
                 pattern.dims,
-                _inner(pattern.result),
+                _inner(pattern.result) if isinstance(root.single, MatMul) else (),
                 pattern.captures,
                 builder.kept_names,
                 anchors,
@@ -203,8 +204,8 @@ def plans_of(pattern: Pattern) -> tuple[Plan, ...]:
 
 
 def _inner(result: Expr) -> tuple[str, ...]:
-    """The letters of the value that a result with merged axes rearranges; pieces that are joined rearrange nothing."""
-    if result.kind == "join" or all(isinstance(token, str) for token in result.tokens or ()):
+    """The letters of the product that a result with merged axes rearranges."""
+    if all(isinstance(token, str) for token in result.tokens or ()):
         return ()
     if result.call is not None:
         bound = result.call.letters
@@ -375,11 +376,16 @@ def children(atom: Atom) -> Iterator[Prod]:
                 yield argument
 
 
+def is_clamp(atom: Atom) -> TypeGuard[Op]:
+    """Whether an atom is a clamp to [0, 1], which is spelled by several operators."""
+    return isinstance(atom, Op) and atom.name == "Clamp"
+
+
 def weight(term: Prod) -> int:
-    """The number of operators and captures of a term."""
+    """The number of operators and captures of a term; a softmax is three, as it is written out."""
     total = 0 if term.coef == 1.0 else 1
     for atom, _ in term.factors:
-        own = 0 if isinstance(atom, Group | Kept) else 1
+        own = 0 if isinstance(atom, Group | Kept) else 3 if isinstance(atom, Softmax) else 1
         total += own + sum(weight(child) for child in children(atom))
     return total
 
@@ -401,7 +407,7 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
             if exponent in (0.5, -0.5):
                 yield SPELLINGS["root"]
             if isinstance(atom, Op):
-                yield frozenset({atom.name})
+                yield SPELLINGS.get(atom.name, frozenset({atom.name}))
             elif isinstance(atom, Mean):
                 yield SPELLINGS["mean"]
             elif isinstance(atom, Softmax):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fusion import plan as p
 from fusion.describe import describe
 from fusion.laws import ring
-from fusion.plan import UNARY
+from fusion.plan import UNARY, is_clamp
 from fusion.state import Context, State
 from fusion.terms import Atom, Factors, Item, Prod, Ref, Sum, leaf, multiply, number, power
 from fusion.verdict import Verdict
@@ -125,7 +125,8 @@ class Products:
                 optional += self.plan.captures[atom.name].kind != "tensor"
         formulas += kept
         most = len(formulas) + len(variables)
-        opened = sum(not isinstance(atom, p.Op | p.Softmax | p.Fused | p.Kept) for atom, _ in formulas)
+        values = (p.Op, p.Softmax, p.Fused, p.Kept)
+        opened = sum(not isinstance(atom, values) or is_clamp(atom) for atom, _ in formulas)
         parts = ProductPlan(formulas, variables, scalar, most - optional, most, opened)
         self._known[id(factors)] = factors, parts
         return parts

@@ -10,6 +10,7 @@ from fusion import plan as p
 from fusion.facts import Facts
 from fusion.graph import Graph, Node, Value
 from fusion.language import Pattern
+from fusion.laws import softmax
 from fusion.laws.noise import FLOATS
 from fusion.match import Matcher
 from fusion.outcome import NearMiss
@@ -250,12 +251,12 @@ def _tops(plan: Plan) -> Container[str]:
     if isinstance(single, p.Fused):
         return single.pattern.readers
     if isinstance(single, p.Op):
-        return {single.name}
+        return MERGED | SPELLINGS[single.name] if single.name in SPELLINGS else {single.name}
     if isinstance(single, p.Join | p.Concat):
         return SPELLINGS["sum"]
     if plan.ends_in_product:
         return MERGED | SPELLINGS["matmul"] | {"Transpose"}
-    return {"Softmax", "Div"} if isinstance(single, p.Softmax) else MERGED
+    return SPELLINGS["softmax"] | softmax.OPERATORS if isinstance(single, p.Softmax) else MERGED
 
 
 def is_stale(candidate: Candidate) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fusion import plan as p
 from fusion.draw import Draw
 from fusion.language import Dims
-from fusion.laws import contraction, guards, noise, pieces, reduction, ring
+from fusion.laws import clamps, contraction, noise, pieces, reduction, ring, softmax
 from fusion.spell_layout import align, arrange
 from fusion.terms import Atom, Group, Item, Prod, Sum, add, leaf, multiply, number, power
 from fusion.writer import Axes, Writer, Written
@@ -89,11 +89,12 @@ class Speller:
         self.guarded = bool(guarded)
         self._may_guard = guarded is None
         self._uses: Counter[Atom] = Counter()
+        self._whole: Atom | None = None
         self._memo: dict[Atom, Written] = {}
 
     def spell(self, term: Prod, axes: Axes) -> Written:
         """Write the term, in the end with these axes."""
-        self._uses = Counter(atoms(term))
+        self._uses, self._whole = Counter(atoms(term)), term.single
         return arrange(self.writer, self.value(term), axes)
 
     # -- what the laws ask for ----------------------------------------------------------------------------------------
@@ -173,6 +174,10 @@ class Speller:
         """Whether the term uses an atom more than once."""
         return self._uses[atom] > 1
 
+    def is_whole(self, atom: Atom) -> bool:
+        """Whether the formula is this atom and nothing else."""
+        return atom is self._whole
+
     def may_guard(self) -> bool:
         """Whether this softmax gets a NaN guard."""
         if self._may_guard:
@@ -195,13 +200,15 @@ class Speller:
             return ring.spell_sum(atom, self), coef
         if isinstance(atom, Group):
             return self.value(atom.product), coef
+        if isinstance(atom, p.Op) and atom.name == "Clamp":
+            return clamps.spell(atom, self), coef
         if isinstance(atom, p.Op):
             operand = self.value(atom.child)
             return self.writer.node(atom.name, [operand], operand.axes), coef
         if isinstance(atom, p.Mean):
             return reduction.spell(atom, self), coef
         if isinstance(atom, p.Softmax):
-            return guards.spell(atom, self), coef
+            return softmax.spell(atom, self), coef
         if isinstance(atom, p.MatMul):
             return contraction.spell(atom, coef, self)
         if isinstance(atom, p.Kept):

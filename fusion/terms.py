@@ -70,6 +70,13 @@ class Reduce(NamedTuple):
     rank: int
 
 
+class Clamp(NamedTuple):
+    """`child` where it lies between `low` and 1, else the nearer of the two."""
+
+    child: Prod
+    low: float = 0.0
+
+
 class Contract(NamedTuple):
     """Σ over the last coordinate axis of left * right."""
 

@@ -110,8 +110,8 @@ def mutants(instance: Instance, draw: Draw | None = None) -> Iterator[Mutant]:
 def check_mutant(instance: Instance, mutant: Mutant, *, target: str = "ort-cpu") -> Checked:
     """Check that a mutant is not rewritten, and `why` names what it breaks; or that it computes the same afterwards.
 
-    It may be the formula still, of other values; then it is an emission that refuses it. Who else reads a value is no
-    part of the formula.
+    It may be the formula still, of other values; then it is an emission that refuses it, or nothing would be saved. Who
+    else reads a value is no part of the formula.
     """
     try:
         before = _run(Session(mutant.model), mutant.feeds)
@@ -122,7 +122,9 @@ def check_mutant(instance: Instance, mutant: Mutant, *, target: str = "ort-cpu")
         wrong = _changed(before, result.model, mutant.feeds, dtype=instance.dtype)
         return Checked(not wrong, True, wrong)
     places = why(mutant.model, instance.pattern, target=target).places
-    refused = any(place.nodes for place in places) and "privacy" not in mutant.expects
+    matched = [place.misses for place in places if place.nodes]
+    private = "privacy" in mutant.expects
+    refused = any(not private or all(miss.kind == GAIN for miss in misses) for misses in matched)
     named = refused or any(miss.kind in mutant.expects for place in places for miss in place.misses)
     return Checked(named, False, f"expected {' or '.join(sorted(mutant.expects))}; why says {_text(places)}")
 

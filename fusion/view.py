@@ -7,18 +7,20 @@ from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
 from fusion.graph import Graph, Node, Value
-from fusion.laws import contraction, guards, noise, normalization, pieces, powers, reduction, ring
+from fusion.laws import clamps, contraction, guards, noise, normalization, pieces, powers, reduction, ring, softmax
 from fusion.layout import Layout
 from fusion.terms import Prod, Ref, leaf, number
 
 Normalise = Callable[[Node, Ref, "View"], "Prod | None"]
 
 LAWS: dict[str, Normalise] = {
-    **dict.fromkeys(ring.SUMS | ring.PRODUCTS, ring.normalise),
+    **dict.fromkeys(ring.SUMS, ring.normalise),
+    **dict.fromkeys(softmax.OPERATORS, softmax.normalise),
     **dict.fromkeys(powers.OPERATORS, powers.normalise),
     **dict.fromkeys(reduction.OPERATORS, reduction.normalise),
     **dict.fromkeys(contraction.OPERATORS, contraction.normalise),
     **dict.fromkeys(normalization.OPERATORS, normalization.normalise),
+    **dict.fromkeys(clamps.OPERATORS, clamps.normalise),
 }
 MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 """Operators that a product or sum opens where their result is private."""

@@ -1,8 +1,10 @@
-"""Gelu in its three forms, Swish, and Gelu with the bias of the projection before it."""
+"""Gelu in its three forms, Gelu with the bias of the projection before it, Swish, Mish, and their piecewise kin."""
 
 from math import pi
 
-from fusion.language import either, erf, exp, pattern, scalar, sigmoid, sqrt, tanh
+from onnx import TensorProto
+
+from fusion.language import clamp, either, erf, exp, log, pattern, relu, scalar, sigmoid, softmax, sqrt, tanh
 from fusion.schema import attribute
 
 
@@ -28,6 +30,36 @@ def swish(x, alpha):
 def logistic(x):
     """σ(x) written out (Verhulst 1845); exp(-x) may overflow, and then both are 0."""
     return 1 / (1 + exp(-x))
+
+
+@pattern(x="...")
+def softplus(x):
+    """log(1 + exp(x)) (Dugas et al. 2000, eq. 5), written so that nothing overflows."""
+    return relu(x) + log(1 + exp(-abs(x)))
+
+
+@pattern(x="...")
+def mish(x):
+    """x tanh(softplus(x)) (Misra 2019, eq. 1); where exp(x) overflows, it is x anyhow."""
+    return either(x * tanh(softplus(x)), x * tanh(log(1 + exp(x))))
+
+
+@pattern(x="...", alpha=scalar(), beta=scalar())
+def hard_sigmoid(x, alpha, beta):
+    """α x + β clamped to [0, 1] (Courbariaux et al. 2015, eq. 3)."""
+    return clamp(alpha * x + beta)
+
+
+@pattern(x="...")
+def hard_swish(x):
+    """x relu6(x + 3) / 6 (Howard et al. 2019, section 5.2)."""
+    return x * clamp(x / 6 + 0.5)
+
+
+@pattern(x="... T")
+def stable_softmax(x):
+    """exp(x - max(x)) / Σ exp(x - max(x)) along the last axis (Bridle 1990, eq. 2): a softmax, written out."""
+    return softmax(x)
 
 
 @pattern(x="... D", bias="D")
@@ -61,6 +93,11 @@ def _(node, rank):
 @gelu_tanh.reads("com.microsoft::FastGelu")
 def _(node, rank):
     return {"x": node.inputs[0]} if node.input(1) is None else None
+
+
+@softplus.reads("Softplus")
+def _(node, rank):
+    return {"x": node.inputs[0]}
 
 
 @gelu.emit("onnx", "ort-cpu", "ort-cuda")
@@ -97,6 +134,38 @@ def _(found, op):
 @logistic.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     return op.Sigmoid(found.x)
+
+
+@softplus.emit("onnx", "ort-cpu", "ort-cuda")
+def _(found, op):
+    return op.Softplus(found.x)
+
+
+@mish.emit("onnx")
+def _(found, op):
+    return op.Mish(found.x)
+
+
+def _require_single(found):
+    found.require(found.dtype != TensorProto.DOUBLE, "the operator's numbers are in single precision")
+
+
+@hard_sigmoid.emit("onnx", "ort-cpu", "ort-cuda")
+def _(found, op):
+    _require_single(found)
+    return op.HardSigmoid(found.x, alpha=found.alpha, beta=found.beta)
+
+
+@hard_swish.emit("onnx", "ort-cuda")
+def _(found, op):
+    _require_single(found)
+    return op.HardSwish(found.x)
+
+
+@stable_softmax.emit("onnx", "ort-cpu", "ort-cuda", last=True)
+def _(found, op):
+    found.require(found.state.letters["T"] == (found.rank - 1,), "it runs along another axis than the last")
+    return op.guarded(op.Softmax(op.arranged(found.x), axis=-1))
 
 
 @bias_gelu.emit("ort-cpu", "ort-cuda")

@@ -26,6 +26,16 @@ def instance_norm(x, scale, bias, eps):
     return d / sqrt(mean(d**2) + eps) * axes(scale, "C -> C 1") + axes(bias, "C -> C 1")
 
 
+@pattern(x="N (G C) S", scale="(G C)", bias=optional("(G C)"), eps=scalar(0))
+def group_norm(x, scale, bias, eps):
+    """Group normalization (Wu & He 2018, eq. 1 to 7) of several channels a group."""
+    x = axes(x, "N (G C) S -> N G C S")
+    d = x - mean(x, "C S")
+    normed = d / sqrt(mean(d**2, "C S") + eps)
+    scaled = normed * axes(scale, "(G C) -> G C 1") + axes(bias, "(G C) -> G C 1")
+    return axes(scaled, "N G C S -> N (G C) S")
+
+
 @pattern(x="... D", skip="... D", shift=optional("D"), scale="D", bias=optional("D"), eps=scalar(0))
 def skip_layer_norm(x, skip, shift, scale, bias, eps):
     """Layer normalization of a residual sum; the sum is an output too. `shift` is the bias of the last projection."""
@@ -75,6 +85,13 @@ def _(found, op):
     normed = op.InstanceNormalization(op.arranged(found.x), op.ones("C"), op.zeros("C"), epsilon=found.eps)
     scaled = op.Mul(normed, op.before(found.scale, found.count("S")))
     return op.Add(scaled, op.before(found.bias, found.count("S"))) if found.bias else scaled
+
+
+@group_norm.emit("onnx")
+def _(found, op):
+    bias = op.arranged(found.bias) or op.zeros("(G C)")
+    groups = {"num_groups": found.size("G"), "epsilon": found.eps}
+    return op.GroupNormalization(op.arranged(found.x), op.arranged(found.scale), bias, **groups)
 
 
 @rms_norm.emit("onnx", "ort-cpu", "ort-cuda")

@@ -11,6 +11,7 @@ import numpy as np
 
 from fusion import plan as p
 from fusion.layout import Layout
+from fusion.schema import axes
 from fusion.spell import Speller
 from fusion.terms import Contract, Group, Prod, Reduce, Ref, Sum
 from fusion.view import View
@@ -202,12 +203,29 @@ def _of_graph_atom(view, atom):
         return _of_prod(view, expanded)
     operand = view.operand(atom, node, 0)
     assert operand is not None
+    if node.op in ("Div", "Mul"):
+        return _of_quotient(view, atom)
     child = of_graph(view, operand)
     if node.op != "Softmax":
         return base(node.op, frozen(child))
-    # A maximum that is subtracted before a softmax is not seen by it.
-    child = {key: coef for key, coef in child.items() if not (len(key) == 1 and key[0][0][0] == "max" and coef == -1.0)}
     axis = next(a.i for a in node.proto.attribute if a.name == "axis") if node.proto.attribute else -1
-    rank = len(atom.layout.source)
-    coordinate = [c for c, axes in enumerate(atom.layout.axes) if any(f[0] == axis % rank for f in axes)]
+    return _softmax(child, atom.layout, axis)
+
+
+def _softmax(child: Poly, layout: Layout, axis: int) -> Poly:
+    """A maximum that is subtracted before a softmax is not seen by it."""
+    child = {key: coef for key, coef in child.items() if not (len(key) == 1 and key[0][0][0] == "max" and coef == -1.0)}
+    rank = len(layout.source)
+    coordinate = [c for c, factors in enumerate(layout.axes) if any(f[0] == axis % rank for f in factors)]
     return base("Softmax", coordinate[0] if coordinate else -1, frozen(child))
+
+
+def _of_quotient(view: View, ref: Ref) -> Poly:
+    """exp(x) over its sum; what else is a product is opened."""
+    above = [view.source(view.operand(ref, ref.value.producer, slot)) for slot in (0, 1)]
+    (power,) = [own for own in above if own.value.producer.op == "Exp"]
+    below = next(own for own in above if own is not power)
+    while below.value.producer.op != "ReduceSum":
+        below = view.source(view.operand(below, below.value.producer, 1 if below.value.producer.op == "Div" else 0))
+    (axis,) = axes(below.value.producer, view.facts)
+    return _softmax(of_graph(view, view.operand(power, power.value.producer, 0)), power.layout, axis)

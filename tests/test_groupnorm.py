@@ -115,3 +115,60 @@ def test_a_weight_of_one_plus_w_is_bound_whole():
     feeds = {"x": numbers(2, 3, 5)}
     result = same(b.model(y), feeds)
     assert operators(result.model) == {"Add": 1, "SimplifiedLayerNormalization": 1}
+
+
+# -- several channels a group, for the standard -----------------------------------------------------------------------
+
+
+def written_out(b: Build, x: str, shape, groups: int, scale, bias, *, eps=1e-5, over=None):
+    """Group normalization without an operator for it: means of (N, G, C / G, …) over all axes but two."""
+    grouped = b.reshape(x, np.array([0, groups, shape[1] // groups, *shape[2:]]))
+    axes = tuple(range(2, len(shape) + 1)) if over is None else over
+    d = b.sub(grouped, b.mean(grouped, axes))
+    normed = b.div(d, b.sqrt(b.add(b.mean(b.mul(d, d), axes), eps)))
+    channels = (-1, *([1] * (len(shape) - 2)))
+    scaled = b.mul(b.reshape(normed, np.array([0, *shape[1:]])), scale.reshape(channels))
+    return scaled if bias is None else b.add(scaled, bias.reshape(channels))
+
+
+@pytest.mark.parametrize("form", ["exported", "dynamic", "written out", "no bias"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_groups_of_several_channels_become_the_standard_operator(shape, groups, form):
+    b, dims = Build(21), SHAPES[shape]
+    scale, bias = numbers(6, seed=1), None if form == "no bias" else numbers(6, seed=2)
+    x = b.input("x", ["N", 6, *(f"d{axis}" for axis in range(2, len(dims)))] if form == "dynamic" else list(dims))
+    if form == "written out":
+        y = written_out(b, x, dims, groups, scale, bias, eps=1e-3)
+    else:
+        y = group_norm(b, x, dims, groups, scale, bias, eps=1e-3, dynamic=form == "dynamic")
+    feeds = {"x": numbers(*dims, seed=3)}
+    result = same(b.model(y), feeds, target="onnx", tolerance=1e-4)
+    assert norms(result.model) == {"GroupNormalization": 1}
+    (got,) = run(result.model, feeds).values()
+    expected = reference(feeds["x"], groups, scale, 0.0 if bias is None else bias, 1e-3)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [17, 18, 20])
+def test_below_opset_21_it_has_scale_and_bias_of_groups(opset):
+    b, dims = Build(opset), SHAPES["image"]
+    y = group_norm(b, b.input("x", list(dims)), dims, 2, numbers(6, seed=1), numbers(6, seed=2))
+    assert "GroupNormalization" not in operators(same(b.model(y), {"x": numbers(*dims)}, target="onnx").model)
+
+
+@pytest.mark.parametrize("wrong", ["scale", "bias", "spatial", "last axis", "regrouped", "one axis", "two norms"])
+def test_what_is_no_group_norm(wrong):
+    b, dims = Build(21), (6, 6, 6, 6)
+    x, scale, bias = b.input("x", list(dims)), numbers(6, seed=1), numbers(6, seed=2)
+    given = {"scale": {"ones": numbers(3, seed=4)}, "bias": {"zeros": numbers(3, seed=4)}}
+    if wrong in ("spatial", "last axis"):
+        y = b.mul(group_norm(b, x, dims, 3, None, None), numbers(6, 1, seed=1) if wrong == "spatial" else scale)
+    elif wrong == "one axis":
+        y = written_out(b, x, dims, 3, scale, bias, over=(2, 3))
+    elif wrong == "two norms":  # the scale is that of groups, the bias of another grouping
+        y = b.add(group_norm(b, x, dims, 3, scale, None), group_norm(b, x, dims, 2, scale, None))
+    else:
+        y = group_norm(b, x, (1, 6, 36, 6) if wrong == "regrouped" else dims, 3, scale, bias, **given.get(wrong, {}))
+    result = same(b.model(y), {"x": numbers(*dims)}, target="onnx", tolerance=1e-4)
+    assert operators(result.model).get("GroupNormalization", 0) == (2 if wrong == "two norms" else 0)

@@ -1,0 +1,60 @@
+"""Clamps: Clip up to a number is this number times a clamp up to 1, and HardSigmoid is a clamp to [0, 1]."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import TYPE_CHECKING
+
+from fusion.schema import attribute
+from fusion.terms import Clamp, Item, Prod, Ref, add, leaf, multiply, number
+
+if TYPE_CHECKING:
+    from fusion.graph import Node
+    from fusion.plan import Op
+    from fusion.spell import Speller
+    from fusion.view import View
+    from fusion.writer import Written
+
+OPERATORS = frozenset({"Clip", "HardSigmoid"})
+
+
+def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
+    """Return high clamp(x / high) for Clip, and clamp(alpha x + beta) for HardSigmoid.
+
+    None where a bound is absent or no known number, or the upper one is not above 0.
+    """
+    operand = view.operand(ref, node, 0)
+    if operand is None:
+        return None
+    if node.op == "HardSigmoid":
+        scale, shift = attribute(node, "alpha"), attribute(node, "beta")
+        if not isinstance(scale, float) or not isinstance(shift, float):
+            return None
+        scaled = multiply(number(scale), view.factor(operand))
+        return leaf(Clamp(add(shift, [Item(scaled.coef, scaled.factors)])))
+    if node.version < 11:
+        bounds = [attribute(node, name) for name in ("min", "max")]
+    else:
+        bounds = [None if value is None else view.number(value) for value in (node.input(1), node.input(2))]
+    low, high = bounds
+    if not isinstance(low, float) or not isinstance(high, float) or not 0.0 < high < inf:
+        return None
+    return Prod(high, ((Clamp(multiply(number(1.0 / high), view.factor(operand)), low / high), 1.0),))
+
+
+# -- spelling ---------------------------------------------------------------------------------------------------------
+
+
+def spell(atom: Op, speller: Speller) -> Written:
+    """Write clamp(x) as Clip between 0 and a number, before or after which x is scaled, or as HardSigmoid."""
+    draw, writer = speller.draw, speller.writer
+    width = draw.choose(1.0, 6.0)
+    operand = speller.value(multiply(number(width), atom.child))
+    if width == 1.0 and draw.choose(False, True):
+        return writer.node("HardSigmoid", [operand], operand.axes, alpha=1.0, beta=0.0)
+    if writer.opset < 11:
+        clipped = writer.node("Clip", [operand], operand.axes, min=0.0, max=width)
+    else:
+        bounds = (writer.number(0.0, 0, operand.dtype), writer.number(width, 0, operand.dtype))
+        clipped = writer.node("Clip", [operand, *bounds], operand.axes)
+    return speller.scaled(clipped, 1.0 / width)
