@@ -477,8 +477,10 @@ def _tops(plan: Plan) -> Container[str]:
         return {single.name}
     if isinstance(single, p.Join | p.Concat):
         return SPELLINGS["sum"]
-    if plan.ends_in_product:
+    if isinstance(plan.core, p.MatMul):
         return MERGED | SPELLINGS["matmul"] | {"Transpose"}
+    if isinstance(plan.core, p.Fused):
+        return MERGED | plan.core.pattern.readers.keys()
     return {"Softmax", "Div"} if isinstance(single, p.Softmax) else MERGED
 
 
