@@ -158,7 +158,7 @@ class Plan:
 
     @property
     def core(self) -> Atom | None:
-        """What is left of the formula where all is absent that may be, but for numbers; None where that is no one atom."""
+        """The one atom that is left, beside numbers, where all is absent that may be; None where more are left."""
         items = self.root.single.items if isinstance(self.root.single, Sum) else (Item(1.0, self.root.factors),)
         needed = [item for item in items if not self._is_kind(item.factors[0][0], "optional")]
         atoms = [atom for item in needed for atom, _ in item.factors if not self._is_kind(atom, "scalar")]

@@ -196,7 +196,9 @@ def test_what_follows_from_constants_is_worked_out():
 def test_floats_are_cast_to_integers_where_these_can_hold_them(number, known, shape):
     b = Build(opset=13)
     made = b.cast(b.constant(np.full(shape, number, np.float32)), to=INT32)
-    result = fusion.optimize(b.model((b.add(b.input("x", [2], INT32), made), INT32, None)), patterns=["constant_folding"])
+    result = fusion.optimize(
+        b.model((b.add(b.input("x", [2], INT32), made), INT32, None)), patterns=["constant_folding"]
+    )
     assert operators(result.model)["Cast"] == (not known)
     if known:
         (stored,) = (numpy_helper.to_array(tensor) for tensor in result.model.graph.initializer)

@@ -274,7 +274,7 @@ def test_dimensions_of_inputs_that_are_alike_are_tried_as_equal() -> None:
     layers = [(f"float[b{i}, 2, past{i}, 4] k{i}", f"float[c{i}, 2, own{i}, 4] v{i}") for i in range(12)]
     caches = ", ".join(cache for layer in layers for cache in layer)
     names = ", ".join(f"k{i}, v{i}" for i in range(12))
-    proto = model(f"""g (float[b, new] ids, float[d, total] weights, {caches}) => (float[n, m] y) <int64[2] last = {{1, 2}}>
+    proto = model(f"""g (float[b, new] ids, float[d, total] weights, {caches}) => (float[n, m] y)
         {{ sum = Sum ({names}) k = ReduceMean <axes = [1, 3], keepdims = 0> (sum)
            all = Concat <axis = 1> (k, ids) y = Mul (all, weights) }}""")
     tried = []
