@@ -189,6 +189,12 @@ class Feeder:
         """Yield guesses, the plain ones first: independent sizes; one is the sum of two others; some are equal."""
         free = self._free
         relations: list[dict[str, tuple[str, ...]]] = [{}]
+        if alike := self._alike():
+            own = [s for s in free if s not in alike]
+            relations += [alike]
+            for s in free:  # it comes first: others may be equal to it
+                pairs = combinations([other for other in own if other != s], 2)
+                relations += [{s: pair} | {t: other for t, other in alike.items() if t != s} for pair in pairs]
         relations += [{s: pair} for s in free for pair in combinations([f for f in free if f != s], 2)]
         relations += [{s: (other,)} for s, other in permutations(free, 2)]
         relations += [dict.fromkeys(free[1:], (free[0],))] if len(free) > 2 else []
@@ -197,6 +203,18 @@ class Feeder:
             for relation in relations:
                 for start in starts if not relation else (0,):
                     yield Habits(stretch, relation, start)
+
+    def _alike(self) -> dict[str, tuple[str, ...]]:
+        """Dimensions of inputs that are alike but for names, such as the caches of all layers: each as its first."""
+        equal: dict[str, tuple[str, ...]] = {}
+        first: dict[tuple[object, ...], tuple[int | str, ...]] = {}
+        for given in self.inputs:
+            if given.shape is not None:
+                sizes = tuple(isinstance(dim, str) or dim for dim in given.shape)
+                for other, dim in zip(first.setdefault((given.dtype, sizes), given.shape), given.shape, strict=True):
+                    if dim in self._free and dim != other and (dim,) not in equal.values():
+                        equal[str(dim)] = equal.get(str(other), (str(other),))
+        return equal
 
     def _widen(self, odd: int) -> None:
         """Give every integer input the largest range in which the model runs and no new NaN or infinity comes out."""

@@ -159,12 +159,12 @@ class Plan:
     reads: frozenset[str]
 
     @property
-    def ends_in_product(self) -> bool:
-        """Whether all of the formula but one contraction may be absent, or is a number."""
+    def core(self) -> Atom | None:
+        """The one atom that is left, beside numbers, where all is absent that may be; None where more are left."""
         items = self.root.single.items if isinstance(self.root.single, Sum) else (Item(1.0, self.root.factors),)
         needed = [item for item in items if not self._is_kind(item.factors[0][0], "optional")]
         atoms = [atom for item in needed for atom, _ in item.factors if not self._is_kind(atom, "scalar")]
-        return len(atoms) == 1 and isinstance(atoms[0], MatMul)
+        return atoms[0] if len(atoms) == 1 else None
 
     def _is_kind(self, atom: Atom, kind: str) -> bool:
         return isinstance(atom, Var) and self.captures[atom.name].kind == kind

@@ -254,8 +254,10 @@ def _tops(plan: Plan) -> Container[str]:
         return MERGED | SPELLINGS[single.name] if single.name in SPELLINGS else {single.name}
     if isinstance(single, p.Join | p.Concat):
         return SPELLINGS["sum"]
-    if plan.ends_in_product:
+    if isinstance(plan.core, p.MatMul):
         return MERGED | SPELLINGS["matmul"] | {"Transpose"}
+    if isinstance(plan.core, p.Fused):
+        return MERGED | plan.core.pattern.readers.keys()
     return SPELLINGS["softmax"] | softmax.OPERATORS if isinstance(single, p.Softmax) else MERGED
 
 

@@ -67,10 +67,11 @@ class Spine:
             tried = True
             yield from self.walk(main, signs[index], (*entries, *terms), state)
         if not tried:
-            found = "broadcasting that depends on unknown sizes"
-            yield from self.matcher.miss(
-                state, "dimension", "operands of known shape", found, 1, node.label, Verdict.UNKNOWN
-            )
+            shapes = [view.facts.shape(value) for value in node.inputs if value is not None]
+            sizes = " and ".join("?" if shape is None else f"({', '.join(map(str, shape))})" for shape in shapes)
+            found = f"{sizes}, which may be broadcast"
+            wanted = "scores that have the shape of their sum"
+            yield from self.matcher.miss(state, "dimension", wanted, found, 1, node.label, Verdict.UNKNOWN)
 
     def _where(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view

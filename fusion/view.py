@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
 from fusion.graph import Graph, Node, Value
-from fusion.laws import clamps, contraction, guards, noise, normalization, pieces, powers, reduction, ring, softmax
+from fusion.laws import clamps, contraction, noise, normalization, pieces, powers, reduction, ring, softmax
 from fusion.layout import Layout
 from fusion.terms import Prod, Ref, leaf, number
 
@@ -35,7 +35,7 @@ LAYOUTS = frozenset({"Expand", "Flatten", "Reshape", "Squeeze", "Transpose", "Un
 READ = frozenset(LAWS) | LAYOUTS | noise.OPERATORS
 """Operators that a view reads where it knows enough of their operands."""
 
-PASSED = noise.OPERATORS | {"Where"} | rearrange.RULES.keys()
+PASSED = noise.OPERATORS | rearrange.RULES.keys()
 """Operators that a reference may be followed through."""
 
 DEPTH = 60
@@ -128,12 +128,12 @@ class View:
         return None if layout is None else Ref(value, layout)
 
     def source(self, ref: Ref) -> Ref:
-        """What `ref` reads behind layouts, noise and guards."""
+        """What `ref` reads behind layouts and noise."""
         node = ref.value.producer
         return ref if node is None or node.op not in PASSED else self.peel(ref).ref
 
     def peel(self, ref: Ref) -> Peeled:
-        """Follow `ref` through layouts, noise and guards."""
+        """Follow `ref` through layouts and noise."""
         known = self._peeled.get(ref)
         if known is None:
             known = self._peel(ref)
@@ -153,11 +153,11 @@ class View:
         return Peeled(Ref(value, layout), private, tuple(crossed))
 
     def step(self, value: Value, layout: Layout) -> tuple[Value, Layout] | None:
-        """One step back through a layout operator, noise or a guard; None where `value` is something of its own."""
+        """One step back through a layout operator or noise; None where `value` is something of its own."""
         node = value.producer
         if node is None or node.op not in PASSED:
             return None
-        repeated = noise.crossed(node, value, self.facts) or guards.guarded(node, self.facts)
+        repeated = noise.crossed(node, value, self.facts)
         if repeated is not None:
             same = self.facts.shape(repeated)
             return (repeated, layout) if same is not None and len(same) == len(layout.source) else None
@@ -236,17 +236,12 @@ class View:
         return f"{node.label} over an unknown number of elements" if node.key in reduction.COUNTED else ""
 
     def _single(self, value: Value) -> bool:
-        """Whether one consumer alone computes with the value; who asks for its shape or type, or guards it, is none."""
+        """Whether one consumer alone computes with the value; who asks for its shape or type is none."""
         if self.within is not None:
             return sum(node in self.within and not _asks_only(node, value) for node in value.uses) == 1
         if value.is_output:
             return False
-        if len(value.uses) == 1:
-            return True
-        readers = [node for node in value.uses if not _asks_only(node, value)]
-        if len(readers) == 2:
-            return any(node.op == "Where" and guards.is_private(node, value) for node in readers)
-        return len(readers) == 1
+        return len(value.uses) == 1 or sum(not _asks_only(node, value) for node in value.uses) == 1
 
 
 def _asks_only(node: Node, value: Value) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fusion import plan as p
+from fusion.laws import guards
 from fusion.layout import Layout
 from fusion.schema import axes
 from fusion.spell import Speller
@@ -201,6 +202,9 @@ def _of_graph_atom(view, atom):
     expanded = view.expand(atom)
     if expanded.single != atom:
         return _of_prod(view, expanded)
+    passed = guards.guarded(node, view.facts)
+    if passed is not None:
+        return of_graph(view, Ref(passed, atom.layout))
     operand = view.operand(atom, node, 0)
     assert operand is not None
     if node.op in ("Div", "Mul"):

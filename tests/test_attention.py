@@ -581,3 +581,18 @@ def test_shapes_that_are_computed():
     result = same(b.model(merged, (shape, INT64, [3])), b.feeds)
     assert result.counts == FUSED
     assert operators(result.model) == {"Shape": 1, "Attention": 1}
+
+
+@pytest.mark.parametrize("source", ["softmax", "root"])
+def test_what_reads_a_guarded_value_reads_the_guard(source):
+    """A NaN guard belongs to the softmax before it; what computes with its result must not see NaN again."""
+    b = Attention(dynamic=False)
+    q, k, _ = b.qkv()
+    scores = b.add(b.mul(b.matmul(q, k), 0.4), b.where(keep_mask(b, True), 0.0, -np.inf))
+    value = b.softmax(scores, axis=-1) if source == "softmax" else b.sqrt(scores)
+    guarded = b.where(b.isnan(value), 0.0, value)
+    normed = b.div(guarded, b.sqrt(b.add(b.mean(b.mul(guarded, guarded)), 1e-5)))
+    model = b.model(b.mul(normed, numbers(5, seed=3)))
+    (expected,) = run(model, b.feeds).values()
+    assert not np.isnan(expected).any()
+    assert same(model, b.feeds).counts == {"rms_norm": 1}

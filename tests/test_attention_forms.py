@@ -7,6 +7,9 @@ import pytest
 from building import BOOL, misses, numbers, operators
 from test_attention import CROSS, PRIMES, SMALLEST, Attention, Sizes, same
 
+import fusion
+from fusion.verdict import Verdict
+
 MULTI = {"multi_head_attention": 1}
 
 
@@ -222,3 +225,19 @@ def test_a_softmax_written_out(case, opset):
     total = b.node("ReduceSum", power, *([] if along else [np.array([-1])]), keepdims=1, **along)
     counts = same(b.model(b.merged(b.matmul(b.div(power, total), v))), b.feeds).counts
     assert bool(counts.get("self_attention")) == (case == "shifted")
+
+
+def test_caches_whose_lengths_have_names_of_their_own_are_explained_by_their_shapes():
+    """Nothing says that a mask is as wide as the scores where neither is known to be as long as the values."""
+    b = Attention()
+    q, _, _ = b.qkv()
+    past = {name: b.input(name, ["B", 3, length, 7]) for name, length in (("k", "P"), ("v", "R"))}
+    mask = b.input("mask", ["B", 1, "S", "T"])
+    own = [b.transpose(b.reshape(b.projection("x", 21), [0, -1, 3, 7]), perm=[0, 2, 1, 3]) for _ in "kv"]
+    k, v = (b.concat(past[name], new, axis=2) for name, new in zip("kv", own, strict=True))
+    scores = b.add(b.mul(b.matmul(q, b.transpose(k, perm=[0, 1, 3, 2])), 0.4), mask)
+    model = b.model(b.merged(b.matmul(b.softmax(scores, axis=-1), v)))
+    assert fusion.optimize(model, patterns=["multi_head_attention"]).counts == {}
+    (place,) = fusion.why(model, "multi_head_attention").places
+    assert [(miss.kind, miss.verdict) for miss in place.misses] == [("dimension", Verdict.UNKNOWN)]
+    assert "found (B, 3, S, P + S) and (B, 1, S, T), which may be broadcast" in place.misses[0].text

@@ -478,3 +478,16 @@ def test_empty_and_single_rows(norm, size):
     feed = {"x": numbers(2, 3, 1), "w": numbers(size, 3, 5, seed=2)}
     feed["x"] = numbers(size, 3, 1)
     same(b.model(y, z), feed)
+
+
+@pytest.mark.parametrize(
+    ("op", "opset"), [("RMSNormalization", 23), ("SimplifiedLayerNormalization", 17)], ids=["standard", "onnxruntime"]
+)
+def test_an_rms_norm_that_an_exporter_wrote_of_what_is_centred_is_a_layer_norm(op, opset):
+    b = Build(opset)
+    x = b.input("x", ["B", "S", 8])
+    centred = b.sub(x, b.mean(x))
+    normed = b.node(op, centred, numbers(8, seed=1), axis=-1, epsilon=1e-5)
+    result = same(b.model(normed), {"x": numbers(2, 3, 8)}, target="ort-cpu")
+    assert result.counts == {"layer_norm": 1}
+    assert operators(result.model) == {"LayerNormalization": 1}

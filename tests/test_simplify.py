@@ -191,6 +191,20 @@ def test_what_follows_from_constants_is_worked_out():
     assert any(array.shape == () and array == np.float32(8.0**0.5) for array in found.values())
 
 
+@pytest.mark.parametrize("shape", [(), (2,)])
+@pytest.mark.parametrize(("number", "known"), [(3.7, True), (-3.7, True), (3e9, False), (np.inf, False)])
+def test_floats_are_cast_to_integers_where_these_can_hold_them(number, known, shape):
+    b = Build(opset=13)
+    made = b.cast(b.constant(np.full(shape, number, np.float32)), to=INT32)
+    result = fusion.optimize(
+        b.model((b.add(b.input("x", [2], INT32), made), INT32, None)), patterns=["constant_folding"]
+    )
+    assert operators(result.model)["Cast"] == (not known)
+    if known:
+        (stored,) = (numpy_helper.to_array(tensor) for tensor in result.model.graph.initializer)
+        assert stored.tolist() == np.full(shape, int(number), np.int32).tolist()
+
+
 def test_functions_without_one_exact_answer_are_left_to_the_runtime():
     b = Build()
     model = b.model(b.add(b.input("x", [4]), b.node("Sin", numbers(4))), b.tanh(b.constant(numbers(4), "weights")))

@@ -269,6 +269,27 @@ def test_a_total_of_past_and_new_positions_is_found_by_trying() -> None:
     assert (report.equal, report.skipped) == (True, 0)
 
 
+def test_dimensions_of_inputs_that_are_alike_are_tried_as_equal() -> None:
+    """An exporter gives every cache a length of its own name, and nothing says that they are equal."""
+    layers = [(f"float[b{i}, 2, past{i}, 4] k{i}", f"float[c{i}, 2, own{i}, 4] v{i}") for i in range(12)]
+    caches = ", ".join(cache for layer in layers for cache in layer)
+    names = ", ".join(f"k{i}, v{i}" for i in range(12))
+    proto = model(f"""g (float[b, new] ids, float[d, total] weights, {caches}) => (float[n, m] y)
+        {{ sum = Sum ({names}) k = ReduceMean <axes = [1, 3], keepdims = 0> (sum)
+           all = Concat <axis = 1> (k, ids) y = Mul (all, weights) }}""")
+    tried = []
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tried.append(values)
+        return Session(proto).run(values)
+
+    for feed, _ in zip(Feeder(declared_inputs(proto), run), range(4), strict=False):
+        past = feed.values["k0"].shape[2]
+        assert all(feed.values[f"{name}{i}"].shape[2] == past for name in "kv" for i in range(12))
+        assert feed.values["weights"].shape[1] == past + feed.values["ids"].shape[1]
+    assert len(tried) < 1000
+
+
 def test_a_dimension_named_by_an_expression_has_its_size() -> None:
     proto = model("g (float[a] x, float[b] y) => (float[c] z) { z = Concat <axis = 0> (x, y) }")
     proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, ["2*a + b"]))

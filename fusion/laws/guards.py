@@ -48,15 +48,6 @@ def zeroed(node: Node, ref: Ref, view: View) -> tuple[Ref, Ref, bool] | None:
     return None
 
 
-def is_private(node: Node, value: Value) -> bool:
-    """Whether nothing but the guard `node` and its own test reads `value`."""
-    condition = node.inputs[0]
-    test = condition.producer if condition is not None else None
-    if value.is_output or condition is None or test is None:
-        return False
-    return set(value.uses) <= {node, test} and condition.only_use is node
-
-
 # -- spelling ---------------------------------------------------------------------------------------------------------
 
 

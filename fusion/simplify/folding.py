@@ -145,8 +145,8 @@ def _cast(node: Node, facts: Facts, source: Array, *like: Array) -> Array | None
         limits = np.iinfo(target)
         if source.dtype.kind == "f" and not np.isfinite(source).all():
             return None
-        wide = np.trunc(source).astype(object)
-        if wide.min() < limits.min or wide.max() > limits.max:
+        wide = [int(number) for number in source.flat]
+        if min(wide) < limits.min or max(wide) > limits.max:
             return None
     return source.astype(target)
 
