@@ -327,9 +327,8 @@ class Matcher:
     def softmax(self, atom: p.Softmax, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """A softmax over exactly the axis of its letter."""
         if (passed := guards.guarded(node, self.view.facts)) is not None:
-            ref = self.view.peel(Ref(passed, given.layout)).ref
-            if ref.value.producer is not None:
-                yield from self.softmax(atom, ref.value.producer, ref, context, state)
+            below = self.view.expand(Ref(passed, given.layout))
+            yield from self.products.match(leaf(atom), below, context, state, passed.name)
             return
         if zeroed := guards.zeroed(node, given, self.view):
             yield from self._zeroed(atom, zeroed, context, state)
