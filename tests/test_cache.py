@@ -169,14 +169,17 @@ def test_a_cache_in_other_axes_stays():
     assert len(node(result.model).input) <= 6
 
 
-def test_a_mask_made_of_the_size_of_the_cache_needs_it_before():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_mask_made_of_the_size_of_the_cache_needs_it_before(transposed):
     b = Cached()
+    keys = b.transpose("all_k", perm=[0, 1, 3, 2])
 
     def mask(b, scores):
-        total = b.node("Gather", b.shape("all_k"), np.array(2), axis=0)
+        sizes, axis = (b.shape(keys), 3) if transposed else (b.shape("all_k"), 2)
+        total = b.node("Gather", sizes, np.array(axis), axis=0)
         return b.add(scores, b.cast(b.node("Range", np.array(0), total, np.array(1)), to=FLOAT))
 
-    result = same(b.model(b.attended(mask), *b.caches), b.feeds)
+    result = same(b.model(b.whole(b.q, keys, "all_v", mask=mask), *b.caches), b.feeds)
     assert operators(result.model)["MultiHeadAttention"] == 1
     assert len(node(result.model).input) <= 6
 
@@ -190,6 +193,14 @@ def test_who_reads_a_cache_reads_it_from_the_fused_node(early):
     reader = reader or b.relu("all_k")
     result = same(b.model(attended, reader, "all_v"), b.feeds)
     assert list(node(result.model).output)[1:] == ["all_k", "all_v"]
+
+
+def test_keys_transposed_for_others_too_are_read_from_the_fused_node():
+    b = Cached()
+    keys = b.transpose("all_k", perm=[0, 1, 3, 2])
+    result = same(b.model(b.whole(b.q, keys, "all_v"), keys, *b.caches), b.feeds)
+    assert list(node(result.model).output)[1:] == ["all_k", "all_v"]
+    assert operators(result.model)["Transpose"] == 1
 
 
 def test_a_result_in_other_axes_leaves_the_cache_as_it_is():

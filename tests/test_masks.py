@@ -174,6 +174,11 @@ def window(b: Attention) -> str:
     return b.node("And", near, b.node("LessOrEqual", columns, rows))
 
 
+def both(op: str, by: int):
+    """Two lines: a triangle and a larger or a smaller one."""
+    return lambda b: b.node(op, at_most(b), shifted(by)(b))
+
+
 def padded(b: Attention) -> str:
     """Left padding: a row before the first token keeps no key, and then its softmax sees later ones, too."""
     padding = np.ones((PRIMES.B, 1, 1, PRIMES.S), bool)
@@ -181,14 +186,17 @@ def padded(b: Attention) -> str:
     return b.node("And", at_most(b), b.feed("padding", padding, ["B", 1, 1, "S"], BOOL))
 
 
-OTHER = [shifted(1), shifted(-1), shifted(-2), later, one_more, window, padded]
+OTHER = {
+    "1": shifted(1), "-1": shifted(-1), "-2": shifted(-2), "later": later, "one more": one_more, "window": window,
+    "padded": padded, "and": both("And", -1), "or": both("Or", 1),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("keep", OTHER, ids=["1", "-1", "-2", "later", "one more", "window", "padded"])
+@pytest.mark.parametrize("keep", OTHER)
 @pytest.mark.parametrize("put", [chosen, added])
 @pytest.mark.parametrize("opset", [17, 23])
 def test_another_mask_is_added(keep, put, opset):
-    b = attend(keep, put, opset=opset)
+    b = attend(OTHER[keep], put, opset=opset)
     result = same(b.model(b.result), b.feeds)
     assert biased(result.model)
     assert not {"unidirectional", "is_causal"} & attributes(result.model, "Attention").keys()
