@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from fusion import plan as p
 from fusion.dims import product
 from fusion.language import ELLIPSIS, Dims, letters_of
+from fusion.laws import contraction
 from fusion.layout import Axis, Layout
 from fusion.plan import Plan
 from fusion.radix import digits
@@ -40,7 +41,8 @@ class Axes:
             return
         peeled = view.peel(root).ref
         axes: list[Axis] = []
-        for axis, dim in enumerate(peeled.layout.source):
+        for axis in contraction.order(peeled.value.producer) or range(len(peeled.layout.source)):
+            dim = peeled.layout.source[axis]
             own = [factor for factors in peeled.layout.axes for factor in factors if factor[0] == axis]
             cut = digits(own, dim) if dim != 1 else []
             if cut is None or peeled.layout.offsets[axis] != 0:

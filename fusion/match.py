@@ -327,8 +327,8 @@ class Matcher:
     def softmax(self, atom: p.Softmax, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """A softmax over exactly the axis of its letter."""
         if (passed := guards.guarded(node, self.view.facts)) is not None:
-            below = self.view.expand(Ref(passed, given.layout))
-            yield from self.products.match(leaf(atom), below, context, state, passed.name)
+            opened = self.view.expand(Ref(passed, given.layout))
+            yield from self.products.match(leaf(atom), opened, context, state, passed.name)
             return
         if zeroed := guards.zeroed(node, given, self.view):
             yield from self._zeroed(atom, zeroed, context, state)

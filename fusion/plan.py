@@ -98,7 +98,7 @@ class Kept(NamedTuple):
 SPELLINGS: Mapping[str, frozenset[str]] = {
     "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "InstanceNormalization"}),
     "softmax": frozenset({"Softmax", "Exp"}),
-    "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul"}),
+    "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul", "Einsum"}),
     "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
     "concat": frozenset({"Concat"}),

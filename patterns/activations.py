@@ -26,6 +26,12 @@ def swish(x, alpha):
     return either(x * sigmoid(alpha * x), x / (1 + exp(-alpha * x)))
 
 
+@pattern(gate="...", up="...", alpha=scalar())
+def swiglu(gate, up, alpha):
+    """Swish of a gate times a value (Shazeer 2020, eq. 6)."""
+    return swish(gate, alpha) * up
+
+
 @pattern(x="...")
 def logistic(x):
     """σ(x) written out (Verhulst 1845); exp(-x) may overflow, and then both are 0."""
@@ -124,6 +130,11 @@ def _(found, op):
 @swish.emit("onnx")
 def _(found, op):
     return op.Swish(found.x, alpha=found.alpha)
+
+
+@swiglu.emit("onnx")
+def _(found, op):
+    return op.SwiGLU(found.gate, found.up, alpha=found.alpha)
 
 
 @swish.emit("ort-cpu", "ort-cuda")

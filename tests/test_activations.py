@@ -178,3 +178,18 @@ def test_what_is_no_softmax(wrong):
     assert "Softmax" not in operators(same(model, {"x": numbers(4, 4)}).model)
     misses = [miss.text for place in fusion.why(model, "stable_softmax").places for miss in place.misses]
     assert misses[0] == "expected exp(x - max(x)), found exp(x), which overflows"
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.702])
+@pytest.mark.parametrize("dims", [["B", 11], ["B", 1]])
+def test_a_gate_of_the_same_shape_is_a_swiglu(dims, alpha):
+    """The standard operator broadcasts nothing."""
+    b = Build(28)
+    gate, up = b.input("gate", ["B", 11]), b.input("up", dims)
+    y = b.mul(up, b.mul(gate, b.node("Sigmoid", b.mul(gate, alpha))))
+    feeds = {"gate": numbers(3, 11), "up": numbers(3, dims[1], seed=1)}
+    found = operators(same(b.model(y), feeds, target="onnx").model)
+    assert found == ({"SwiGLU": 1} if dims[1] == 11 else {"Swish": 1, "Mul": 1})
+    (got,) = run(fusion.optimize(b.model(y), target="onnx").model, feeds).values()
+    wide = feeds["gate"].astype(np.float64)
+    np.testing.assert_allclose(got, wide / (1 + np.exp(-alpha * wide)) * feeds["up"], rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Contraction: MatMul, Gemm and FusedMatMul are one sum over one axis, whatever the rank and the transposes."""
+"""Contraction: MatMul, Gemm, FusedMatMul and Einsum are one sum over one axis, whatever the rank and the transposes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fusion.view import View
     from fusion.writer import Axes, Group, Written
 
-OPERATORS = frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul"})
+OPERATORS = frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul", "Einsum"})
 
 
 def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
@@ -30,6 +30,8 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
     left, right, output = node.input(0), node.input(1), node.outputs[0]
     if left is None or right is None or output is None or any(item.ref_attr_name for item in node.proto.attribute):
         return None
+    if node.op == "Einsum":
+        return _einsum(node, ref, view)
     swap_left = bool(attribute(node, "transA"))
     swap_right = bool(attribute(node, "transB"))
     shapes = [view.facts.shape(value) for value in (left, right, output)]
@@ -58,6 +60,61 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
         share = float(beta) if isinstance(beta, float) else 1.0
         items.append(Item(share * term.coef, term.factors, addend, share))
     return add(0.0, items)
+
+
+def order(node: Node | None) -> list[int] | None:
+    """The axes of an Einsum of two operands as MatMul has them: those of both, then rows, then columns; else None.
+
+    Of several axes that one operand alone has, its last one is the row or the column.
+    """
+    named, result = _equation(node) if node is not None and node.key == "Einsum" else ([], "")
+    if len(named) != 2:
+        return None
+    own = [
+        [result.index(letter) for letter in term if letter in result and letter not in other]
+        for term, other in (named, named[::-1])
+    ]
+    both = [axis for axis in range(len(result)) if not any(axis in axes for axes in own)]
+    return both + [axis for axes in own for axis in axes[:-1]] + [axis for axes in own for axis in axes[-1:]]
+
+
+def _equation(node: Node) -> tuple[list[str], str]:
+    """The letters of the operands and of the result of an Einsum; none of the result where it is not written."""
+    equation = attribute(node, "equation")
+    text = equation.decode().replace(" ", "") if isinstance(equation, bytes) else ""
+    terms, _, result = text.partition("->")
+    return ([], "") if "." in text else (terms.split(","), result)
+
+
+def _einsum(node: Node, ref: Ref, view: View) -> Prod | None:
+    """The product of two operands, summed over all letters that the result lacks, as one axis.
+
+    None where a letter is repeated in an operand, summed in one alone, or not provably of one size; where nothing is
+    summed; and where the equation has an ellipsis, or no result.
+    """
+    named, result = _equation(node)
+    shapes = [view.facts.shape(value) if value is not None else None for value in node.inputs]
+    if len(named) != 2 or len(shapes) != 2 or not result:
+        return None
+    sizes: dict[str, Dim] = {}
+    for term, shape in zip(named, shapes, strict=True):
+        if shape is None or len(set(term)) != len(term) or len(term) != len(shape):
+            return None
+        pairs = zip(term, shape, strict=True)
+        if any(equal(sizes.setdefault(letter, dim), dim) is not Verdict.YES for letter, dim in pairs):
+            return None
+    summed = [letter for letter in named[0] if letter not in result]
+    if not summed or set(summed) != set(sizes) - set(result) or not set(summed) <= set(named[1]):
+        return None
+    operands: list[Ref] = []
+    for term, shape, value in zip(named, shapes, node.inputs, strict=True):
+        assert shape is not None
+        assert value is not None
+        places = [term.index(letter) if letter in term else None for letter in result]
+        layout = ref.layout.remap(shape, places, extra=[term.index(letter) for letter in summed])
+        first = len(ref.layout.axes)
+        operands.append(view.peel(Ref(value, layout.merge(first, first + len(summed)))).ref)
+    return leaf(Contract(*operands))
 
 
 def _stored(rank: int, swap: bool, swap_batch: bool) -> tuple[int, ...]:
@@ -104,12 +161,24 @@ def spell(atom: MatMul, coef: float, speller: Speller) -> tuple[Written, float]:
         elif place == "right":
             right, coef = speller.scaled(right, coef), 1.0
     batch = tuple(own for own in left.labels if own in right.labels and own != label)
+    if draw.chance(6) and speller.writer.opset >= 12 and all(len(own) == 1 for own in (*left.axes, *right.axes)):
+        return _spell_einsum(left, right, label, speller), coef
     if batch:
         return _batched(left, right, label, batch, speller), coef
     if draw.chance(4):
         written, own = _gemm(left, right, label, speller, coef=coef)
         return written, coef / own
     return _projected(left, right, label, speller), coef
+
+
+def _spell_einsum(left: Written, right: Written, label: str, speller: Speller) -> Written:
+    """The result with its axes in any order."""
+    labels = tuple(dict.fromkeys((*left.labels, *right.labels)))
+    letter = dict(zip(labels, "abcdefghijklmnop", strict=False))
+    result = speller.draw.shuffled(own for own in labels if own != label)
+    terms = ["".join(letter[own] for own in given) for given in (left.labels, right.labels, result)]
+    axes = tuple((own,) for own in result)
+    return speller.writer.node("Einsum", [left, right], axes, equation=f"{terms[0]},{terms[1]}->{terms[2]}")
 
 
 def _projected(left: Written, right: Written, label: str, speller: Speller) -> Written:

@@ -39,9 +39,13 @@ def written_out(node: Node, ref: Ref, view: View) -> tuple[Ref, int] | None:
 
 def _quotient(term: Prod, view: View) -> tuple[Ref, int] | None:
     """(x, axis) where a product is exp(x) / Σ exp(x)."""
-    if len(term.factors) != 2 or sorted(exponent for _, exponent in term.factors) != [-1.0, 1.0]:
+    if len(term.factors) != 2:
         return None
-    (power, _), (total, _) = sorted(term.factors, key=lambda factor: -factor[1])
+    (power, one), (total, minus_one) = term.factors
+    if one < minus_one:
+        power, one, total, minus_one = total, minus_one, power, one
+    if one != 1.0 or minus_one != -1.0:
+        return None
     node = power.value.producer if isinstance(power, Ref) else None
     if not isinstance(power, Ref) or node is None or node.key != "Exp":
         return None
