@@ -213,9 +213,9 @@ class Matcher:
         """Match coefficient and factors; the one scalar capture among the factors takes up the coefficient."""
         single = term.single
         if isinstance(single, Sum):
-            core = self._summands_of(single).core
+            core, alone = self._core(single, state)
             if core is not None:
-                yield from self.product(core, given, context, state, place)
+                yield from self.product(core, given, context, alone, place)
         formulas, variables, scalar, *_ = parts = self._factors_of(term.factors)
         if not self.record and not _may_fit(parts, given.factors):
             return
@@ -440,6 +440,9 @@ class Matcher:
         elif isinstance(atom, Sum):
             for term, scale in _sums(given, self.view):
                 yield from self._scale(self.sum(atom, term, context, state, self._name(given)), scale)
+            core, alone = self._core(atom, state)
+            if core is not None and not isinstance(given, Sum):
+                yield from self._scaled(core, given, context, alone)
             if self.record and isinstance(given, Ref):
                 yield from self._no_sum(atom, given, context, state)
         elif isinstance(atom, p.Mean):
@@ -721,6 +724,16 @@ class Matcher:
         parts = self._summands_of(term).spine
         return None if parts is None else Spine(self, *parts, context)
 
+    def _core(self, term: Sum, state: State) -> tuple[Prod | None, State]:
+        """The one summand that must be there, None where more must, and the state in which a number beside it is 0."""
+        parts = self._summands_of(term)
+        name = parts.scalar[0].name if parts.scalar is not None else ""
+        if parts.core is None or not name or name in state.bound:
+            return (None if name else parts.core), state
+        alone = state.copy()
+        alone.bound[name] = 0.0
+        return parts.core, alone
+
     def _summands_of(self, term: Sum) -> _Summands:
         known = self._sums.get(id(term))
         if known is not None:
@@ -733,7 +746,7 @@ class Matcher:
         variables = [(own, item.coef) for item, own, kind in kinds if own is not None and kind != "scalar"]
         scalars = [(own, item.coef) for item, own, kind in kinds if own is not None and kind == "scalar"]
         least = sum(kind in ("formula", "tensor") for *_, kind in kinds)
-        needed = [Prod(item.coef, item.factors) for item, _, kind in kinds if kind != "optional"]
+        needed = [Prod(item.coef, item.factors) for item, own, kind in kinds if not self._may_be_absent(own, kind)]
         rest = [own for _, own, kind in kinds if own is not None and kind == "rest"]
         parts = _Summands(
             formulas,
@@ -746,6 +759,13 @@ class Matcher:
         )
         self._sums[id(term)] = term, parts
         return parts
+
+    def _may_be_absent(self, variable: p.Var | None, kind: str) -> bool:
+        """Whether a summand may be missing: it is optional, or a number that may be 0."""
+        if variable is None or kind != "scalar":
+            return kind == "optional"
+        capture = self.plan.captures[variable.name]
+        return capture.low <= 0.0 <= capture.high
 
     def _kind(self, item: Item) -> str:
         variable = _variable(item)
