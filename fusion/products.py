@@ -58,9 +58,9 @@ class Products:
         """Match coefficient and factors; the one scalar capture among the factors takes up the coefficient."""
         single = term.single
         if isinstance(single, Sum):
-            core = self.matcher.sums.plan_of(single).core
+            core, alone = self.matcher.sums.core(single, state)
             if core is not None:
-                yield from self.match(core, given, context, state, place)
+                yield from self.match(core, given, context, alone, place)
         formulas, variables, scalar, *_ = parts = self.plan_of(term.factors)
         if not self.record and not _may_fit(parts, given.factors):
             return

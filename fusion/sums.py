@@ -72,7 +72,7 @@ class Sums:
         variables = [(own, item.coef) for item, own, kind in kinds if own is not None and kind != "scalar"]
         scalars = [(own, item.coef) for item, own, kind in kinds if own is not None and kind == "scalar"]
         least = sum(kind in ("formula", "tensor") for *_, kind in kinds)
-        needed = [Prod(item.coef, item.factors) for item, _, kind in kinds if kind != "optional"]
+        needed = [Prod(item.coef, item.factors) for item, own, kind in kinds if not self._may_be_absent(own, kind)]
         rest = [own for _, own, kind in kinds if own is not None and kind == "rest"]
         parts = SumPlan(
             formulas,
@@ -85,6 +85,23 @@ class Sums:
         )
         self._known[id(term)] = term, parts
         return parts
+
+    def core(self, term: Sum, state: State) -> tuple[Prod | None, State]:
+        """The one summand that must be there, None where more must, and the state in which a number beside it is 0."""
+        parts = self.plan_of(term)
+        name = parts.scalar[0].name if parts.scalar is not None else ""
+        if parts.core is None or not name or name in state.bound:
+            return (None if name else parts.core), state
+        alone = state.copy()
+        alone.bound[name] = 0.0
+        return parts.core, alone
+
+    def _may_be_absent(self, variable: p.Var | None, kind: str) -> bool:
+        """Whether a summand may be missing: it is optional, or a number that may be 0."""
+        if variable is None or kind != "scalar":
+            return kind == "optional"
+        capture = self.plan.captures[variable.name]
+        return capture.low <= 0.0 <= capture.high
 
     def _kind(self, item: Item) -> str:
         variable = _variable(item)

@@ -10,9 +10,12 @@ def rms_norm(x, scale, eps):
     return x / sqrt(mean(x**2) + eps) * scale
 
 
-@pattern(x="... D", scale=optional("D"), bias=optional("D"), eps=scalar(0))
+@pattern(x="... D", scale=optional("D"), bias=optional("D"), eps=scalar(1e-20))
 def layer_norm(x, scale, bias, eps):
-    """Layer normalization (Ba, Kiros & Hinton 2016, eq. 4); D may be several trailing axes."""
+    """Layer normalization (Ba, Kiros & Hinton 2016, eq. 4); D may be several trailing axes.
+
+    Without eps equal numbers give rounding noise divided by itself, which differs from kernel to kernel.
+    """
     return rms_norm(x - mean(x), scale, eps) + bias
 
 
@@ -26,7 +29,7 @@ def instance_norm(x, scale, bias, eps):
     return d / sqrt(mean(d**2) + eps) * axes(scale, "C -> C 1") + axes(bias, "C -> C 1")
 
 
-@pattern(x="N (G C) S", scale="(G C)", bias=optional("(G C)"), eps=scalar(0))
+@pattern(x="N (G C) S", scale="(G C)", bias=optional("(G C)"), eps=scalar(1e-20))
 def group_norm(x, scale, bias, eps):
     """Group normalization (Wu & He 2018, eq. 1 to 7) of several channels a group."""
     x = axes(x, "N (G C) S -> N G C S")
@@ -36,7 +39,7 @@ def group_norm(x, scale, bias, eps):
     return axes(scaled, "N G C S -> N (G C) S")
 
 
-@pattern(x="... D", skip="... D", shift=optional("D"), scale="D", bias=optional("D"), eps=scalar(0))
+@pattern(x="... D", skip="... D", shift=optional("D"), scale="D", bias=optional("D"), eps=scalar(1e-20))
 def skip_layer_norm(x, skip, shift, scale, bias, eps):
     """Layer normalization of a residual sum; the sum is an output too. `shift` is the bias of the last projection."""
     total = x + shift + skip
