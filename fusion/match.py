@@ -211,6 +211,9 @@ class Matcher:
         elif isinstance(atom, Sum):
             for term, scale in _sums(given, self.view):
                 yield from self._scale(self.sums.match(atom, term, context, state, self.name(given)), scale)
+            core, alone = self.sums.core(atom, state)
+            if core is not None and not isinstance(given, Sum):
+                yield from self._scaled(core, given, context, alone)
             if self.record and isinstance(given, Ref):
                 yield from self.no_sum(atom, given, context, state)
         elif isinstance(atom, p.Mean):
