@@ -70,7 +70,7 @@ class Products:
             if isinstance(whole, Sum):
                 ways = self.matcher.sums.match(spread, whole, context, state, place)
             elif isinstance(whole, Ref):
-                ways = self.matcher.no_sum(spread, whole, context, state)
+                ways = self.matcher.atoms.no_sum(spread, whole, context, state)
             for matched, scale in ways:
                 yield from self._coefficient(1.0, None, scale, matched, place)
         self.matcher.place = place or self.matcher.place
@@ -151,7 +151,7 @@ class Products:
             if own != exponent and not self.matcher.close(own, exponent):
                 continue
             remaining = given[:index] + given[index + 1 :]
-            for matched, scale in self.matcher.atom(atom, candidate, context, state, free):
+            for matched, scale in self.matcher.atoms.match(atom, candidate, context, state, free):
                 found = found or matched.misses is state.misses
                 share = _power(scale, exponent)
                 states: Iterator[State] = iter((matched,))
@@ -189,7 +189,7 @@ class Products:
         wanted, found, place = describe(atom, exponent), describe(given, own), self.matcher.name(given)
         if own != exponent:
             for missed in self.matcher.miss(state, "constant", wanted, found, 1, place):
-                yield from self.matcher.atom(atom, given, context, missed, free)
+                yield from self.matcher.atoms.match(atom, given, context, missed, free)
         node = given.value.producer if isinstance(given, Ref) else None
         if isinstance(given, Ref) and node is not None and node.key in FUNCTIONS and not isinstance(atom, p.Op):
             operands = [index for index, value in enumerate(node.inputs) if value and self.view.number(value) is None]
@@ -198,7 +198,7 @@ class Products:
                 opened = self.view.expand(operand).factors
                 below = opened[0][0] if len(opened) == 1 else operand
                 for missed in self.matcher.miss(state, "operator", wanted, found, 1, place):
-                    yield from self.matcher.atom(atom, below, context, missed, free)
+                    yield from self.matcher.atoms.match(atom, below, context, missed, free)
 
     def _coefficient(
         self, expected: float, scalar: tuple[str, float] | None, found: float, state: State, place: str
