@@ -21,11 +21,11 @@ from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
 from fusion.model import load, save
 from fusion.opset import convert
-from fusion.outcome import NearMiss, Rewritten, verdict_of
+from fusion.outcome import Rewritten
 from fusion.report import Report, table
 from fusion.rewrite import Rewriter
 from fusion.simplify import GROUP, RULES, Simplifier
-from fusion.state import Miss
+from fusion.state import Miss, NearMiss, verdict_of
 from fusion.targets import Target, target_named
 from fusion.verdict import Verdict
 

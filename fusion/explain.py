@@ -11,11 +11,10 @@ from fusion.graph import Node, Value
 from fusion.language import Pattern
 from fusion.laws.ring import LIKE_SUMS
 from fusion.match import FAR, Matcher
-from fusion.outcome import NearMiss, verdict_of
 from fusion.plan import Plan, alike
 from fusion.region import Region, region_of
 from fusion.search import CHOICES, Search
-from fusion.state import Miss
+from fusion.state import Miss, NearMiss, verdict_of
 from fusion.verdict import Verdict
 from fusion.view import LAYOUTS, View
 

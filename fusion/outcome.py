@@ -1,13 +1,11 @@
-"""What a run has done, and what it nearly did."""
+"""What a run has done."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fusion.state import Miss
-from fusion.verdict import Verdict
+from fusion.state import NearMiss
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +31,6 @@ class Rewritten:
     unchecked: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class NearMiss:
-    """A place where a pattern nearly holds, and what is unmet."""
-
-    pattern: str
-    root: str
-    misses: tuple[Miss, ...]
-    weight: int
-
-    @property
-    def unmet(self) -> int:
-        """The weight of what is unmet."""
-        return sum(miss.weight for miss in self.misses)
-
-
 @dataclass(slots=True)
 class Outcome:
     """What a run did."""
@@ -56,8 +39,3 @@ class Outcome:
     near: list[NearMiss] = field(default_factory=list)
     sweeps: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-
-def verdict_of(misses: Sequence[Miss]) -> Verdict:
-    """NO where something differs, UNKNOWN where only facts are missing."""
-    return Verdict.UNKNOWN if all(miss.verdict is Verdict.UNKNOWN for miss in misses) else Verdict.NO

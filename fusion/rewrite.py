@@ -15,10 +15,10 @@ from fusion.emit import Builder
 from fusion.found import Found, New, NewNode, Unmet
 from fusion.graph import Graph, Node
 from fusion.language import Emit, Pattern
-from fusion.outcome import NearMiss, Outcome, Rewritten
+from fusion.outcome import Outcome, Rewritten
 from fusion.plan import Plan
 from fusion.search import Candidate, Search, is_stale
-from fusion.state import Miss
+from fusion.state import Miss, NearMiss
 from fusion.targets import Target
 
 SWEEPS = 8

@@ -13,11 +13,10 @@ from fusion.language import Pattern
 from fusion.laws import softmax
 from fusion.laws.noise import FLOATS
 from fusion.match import Matcher
-from fusion.outcome import NearMiss
 from fusion.plan import SPELLINGS, Plan, plans_of
 from fusion.region import Region, region_of, sources
 from fusion.schema import axes as schema_axes
-from fusion.state import Miss, State
+from fusion.state import Miss, NearMiss, State
 from fusion.terms import Ref
 from fusion.view import MERGED, View
 

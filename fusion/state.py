@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,6 +28,26 @@ class Miss(NamedTuple):
     verdict: Verdict
     weight: int
     place: str
+
+
+@dataclass(frozen=True, slots=True)
+class NearMiss:
+    """A place where a pattern nearly holds, and what is unmet."""
+
+    pattern: str
+    root: str
+    misses: tuple[Miss, ...]
+    weight: int
+
+    @property
+    def unmet(self) -> int:
+        """The weight of what is unmet."""
+        return sum(miss.weight for miss in self.misses)
+
+
+def verdict_of(misses: Sequence[Miss]) -> Verdict:
+    """NO where something differs, UNKNOWN where only facts are missing."""
+    return Verdict.UNKNOWN if all(miss.verdict is Verdict.UNKNOWN for miss in misses) else Verdict.NO
 
 
 class Entry(NamedTuple):
