@@ -5,22 +5,29 @@ from fusion.patterns.linear import linear
 from fusion.language import along, axes, either, optional, pattern, rest, scalar, softmax, tanh
 
 
-@pattern(q="... S D", k="... T D", v="... T E", bias=rest("... S T"), scale=scalar(), cap=scalar())
-def sdpa(q, k, v, bias, scale, cap):
+@pattern(
+    q="... S D", k="... T D", v="... T E",
+    factor=optional("... S|1"), bias=rest("... S T"), scale=scalar(), cap=scalar(),
+)  # fmt: skip
+def sdpa(q, k, v, factor, bias, scale, cap):
     """softmax(scale q kᵀ + bias) v (Vaswani et al. 2017, eq. 1). `bias` is every mask and bias, in order.
 
-    With a cap, scores are cap tanh(scale q kᵀ) (Gemma Team 2024, section 2): its `scale` is divided by the cap.
+    Scores may have a factor that is the same for all keys, such as the learned one of cosine attention (Liu et al. 2022,
+    eq. 2). With a cap, they are cap tanh(scale q kᵀ) (Gemma Team 2024, section 2): its `scale` is divided by the cap.
     """
     dots = q @ axes(k, "... T D -> ... D T")
-    return softmax(either(scale * dots, cap * tanh(scale * dots)) + bias) @ v
+    return softmax(either(scale * factor * dots, cap * tanh(scale * factor * dots)) + bias) @ v
 
 
-@pattern(q="B S (H D)", k="B T (H|1 D)", v="B T (H|1 E)", bias=rest("B H S T"), scale=scalar(), cap=scalar())
-def multi_head_attention(q, k, v, bias, scale, cap):
+@pattern(
+    q="B S (H D)", k="B T (H|1 D)", v="B T (H|1 E)",
+    factor=optional("B|1 H|1 S|1"), bias=rest("B H S T"), scale=scalar(), cap=scalar(),
+)  # fmt: skip
+def multi_head_attention(q, k, v, factor, bias, scale, cap):
     """Attention over heads that lie side by side in the hidden axis (Vaswani et al. 2017, section 3.2.2)."""
     q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H T D")
     v = axes(v, "B T (H E) -> B H T E")
-    return axes(sdpa(q, k, v, bias, scale, cap), "B H S E -> B S (H E)")
+    return axes(sdpa(q, k, v, factor, bias, scale, cap), "B H S E -> B S (H E)")
 
 
 @pattern(
@@ -33,7 +40,7 @@ def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale, cap):
     """Multi-head attention of projections of one input (Vaswani et al. 2017, section 3.2.2)."""
     q = linear(x, wq, bq)
     k, v = linear(along(x, "B T C"), wk, bk), linear(along(x, "B T C"), wv, bv)
-    return multi_head_attention(q, k, v, bias, scale, cap)
+    return multi_head_attention(q, k, v, None, bias, scale, cap)
 
 
 def _masks(found, op, causal, past=()):
@@ -46,6 +53,11 @@ def _masks(found, op, causal, past=()):
 def _cache(op, **options):
     """What keys and values are appended to, where the kernels take that by themselves and give the whole back."""
     return op.split_cache("T", k="B H T D", v="B H T E", **options)
+
+
+def _queries(found, op):
+    """Queries, times what scores are multiplied by."""
+    return op.scaled(found.q, found.factor, "B H S D") if found.factor else op.arranged(found.q)
 
 
 def _standard(found, op, past=(), *, by_standard=True):
@@ -66,7 +78,7 @@ def _standard(found, op, past=(), *, by_standard=True):
     heads = {"q_num_heads": found.size("H"), "kv_num_heads": shared, "scale": scale}
     if found.cap is not None:
         heads["softcap"] = abs(found.cap)
-    attended, *present = op.Attention(op.arranged(found.q), k, v, bias, *caches, outputs=3, **heads, **flags)
+    attended, *present = op.Attention(_queries(found, op), k, v, bias, *caches, outputs=3, **heads, **flags)
     return op.guarded(attended), *present[: len(past)]
 
 
@@ -83,7 +95,7 @@ def _multi_head(found, op, past=()):
     if alike:  # the kernel takes keys and values by head where their sizes are equal
         forms.append([(found.k, "B H T D"), (found.v, "B H T E")])
     found.require(alike or not past, "the kernel takes no cache of keys and values of different sizes")
-    q, (k, v) = op.arranged(found.q), op.fewest(*forms)
+    q, (k, v) = _queries(found, op), op.fewest(*forms)
     caches = op.fewest(list(zip(past, ("B H T D", "B H T E"), strict=False)))
     bias, flags = _masks(found, op, "unidirectional", past)
     heads = {"num_heads": found.size("H"), "scale": found.scale}

@@ -7,7 +7,7 @@ import pytest
 from building import misses, operators, run
 from onnx import helper
 from onnx.reference import ReferenceEvaluator
-from test_attention import CROSS, SMALLEST, Attention, same, softmax
+from test_attention import CROSS, SMALLEST, Attention, Sizes, same, softmax
 from test_attention_forms import by_head
 from test_masks import not_after
 
@@ -125,3 +125,104 @@ def test_a_cap_of_masked_scores_is_another_function():
     scores = b.add(b.matmul(q, b.transpose(k, perm=[0, 1, 3, 2])), added(b, 0.0))
     attended = b.matmul(b.softmax(b.mul(b.tanh(b.div(scores, 2.0)), 2.0), axis=-1), v)
     assert same(b.model(attended), b.feeds, target="onnx").counts == {}
+
+
+# Factors -----------------------------------------------------------------------------------------------------------
+
+FACTORS = {
+    "by head": [3, 1, 1],
+    "by batch": ["B", 1, 1, 1],
+    "by batch and head": ["B", 3, 1, 1],
+    "by query": ["S", 1],
+    "by head and query": [1, 3, "S", 1],
+    "one number": [],
+}
+
+
+def fed(b: Attention, shape) -> str:
+    """An input of factors, some of them negative and some 0."""
+    sizes = [{"B": b.sizes.B, "S": b.sizes.S, "T": b.sizes.T}.get(dim, dim) for dim in shape]
+    return b.feed("factor", np.round(np.linspace(-1.0, 2.0, int(np.prod(sizes))), 1).reshape(sizes).astype("f"), shape)
+
+
+def times(b: Attention, factor: str, mask=lambda b, scores: scores) -> str:
+    """softmax(0.5 factor q kᵀ) v of inputs by head."""
+    q, k, v = by_head(b, b.sizes)
+    scores = b.mul(b.mul(b.matmul(q, b.transpose(k, perm=[0, 1, 3, 2])), factor), 0.5)
+    return b.matmul(b.softmax(mask(b, scores), axis=-1), v)
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort-cpu"])
+@pytest.mark.parametrize("form", FACTORS)
+def test_a_factor_that_is_the_same_for_all_keys(form, target):
+    b = Attention(CROSS, 23)
+    result = same(b.model(times(b, fed(b, FACTORS[form]))), b.feeds, target=target)
+    assert result.counts == FUSED
+    q, k, v, factor = (b.feeds[name].astype(np.float64) for name in ("q", "k", "v", "factor"))
+    (computed,) = run(result.model, b.feeds).values()
+    np.testing.assert_allclose(computed, softmax(0.5 * factor * (q @ k.transpose(0, 1, 3, 2))) @ v, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [["T"], [3, 1, "T"], ["S", "T"], ["B", 3, "S", "T"]])
+def test_a_factor_by_key_cannot_be_moved_into_queries(form):
+    b = Attention(CROSS)
+    result = same(b.model(times(b, fed(b, form))), b.feeds, patterns=["multi_head_attention"])
+    assert result.counts == {}
+    assert any("factor with axes" in text for _, text in misses(result, "multi_head_attention"))
+
+
+def test_two_factors_are_more_than_one():
+    b = Attention(CROSS)
+    twice = b.mul(fed(b, [3, 1, 1]), b.feed("other", np.ones((2, 1, 1, 1), np.float32), ["B", 1, 1, 1]))
+    result = same(b.model(times(b, twice)), b.feeds)
+    assert result.counts in ({}, FUSED)
+
+
+def cosine(b: Attention, mask=lambda b, scores: scores) -> str:
+    """Cosine attention of projections of one input: directions compared, times exp(min(t, log 100)) by head."""
+    q, k, v = b.qkv(key_perm=(0, 2, 1, 3))
+
+    def direction(x: str) -> str:
+        return b.div(x, b.max(b.sqrt(b.sum(b.mul(x, x))), 1e-12))
+
+    factor = b.node("Exp", b.min(np.array([0.5, 1.0, 7.0], np.float32).reshape(3, 1, 1), float(np.log(100))))
+    scores = b.mul(b.matmul(direction(q), b.transpose(direction(k), perm=[0, 1, 3, 2])), factor)
+    return b.merged(b.matmul(b.softmax(mask(b, scores), axis=-1), v))
+
+
+def test_cosine_attention_gets_its_queries_multiplied_before_they_are_rearranged():
+    b = Attention()
+    result = same(b.model(cosine(b)), b.feeds)
+    assert result.counts == FUSED
+    assert operators(result.model)["Mul"] == 3
+    assert not operators(result.model)["Softmax"]
+
+
+def test_windows_whose_masks_are_by_window():
+    """(B W, H, S, T) scores with a mask (W, S, T): the batch is read off what is four times as large."""
+    b = Attention(Sizes(B=8))
+    b.inputs.clear()
+    b.feeds = {"windows": b.feeds["x"].reshape(2, 4, 5, 11)}
+    b.node("Reshape", b.input("windows", ["N", 4, 5, 11]), np.array([-1, 5, 11]), output="x")
+
+    def masked(b: Attention, scores: str) -> str:
+        windows = b.reshape(scores, [-1, 4, 3, 5, 5])
+        mask = np.where(np.arange(100).reshape(1, 4, 1, 5, 5) % 7 == 0, np.float32(-100), np.float32(0))
+        return b.reshape(b.add(windows, mask), [-1, 3, 5, 5])
+
+    assert same(b.model(cosine(b, masked)), b.feeds).counts == FUSED
+
+
+def test_a_factor_inside_a_cap():
+    b = Attention(CROSS, 23)
+    result = same(b.model(times(b, fed(b, [3, 1, 1]), cap)), b.feeds)
+    assert result.counts == FUSED
+    assert "softcap" in attributes(result.model)
+
+
+def test_a_factor_of_a_masked_score_scales_the_mask():
+    b = Attention(CROSS)
+    q, k, v = by_head(b, CROSS)
+    scores = b.add(b.matmul(q, b.transpose(k, perm=[0, 1, 3, 2])), added(b, 0.0))
+    attended = b.matmul(b.softmax(b.mul(scores, fed(b, [3, 1, 1])), axis=-1), v)
+    assert same(b.model(attended), b.feeds, patterns=["multi_head_attention"]).counts == {}
