@@ -399,7 +399,7 @@ class Builder:
         return self.shared("Concat", parts, (len(parts),), dtype=TensorProto.INT64, axis=0)
 
     def _size(self, dim: Dim) -> New:
-        """One size as a tensor of shape (1,): read off a captured value that has it, or a multiple, or the sum of such."""
+        """One size as a tensor of shape (1,): read off a captured value that has it or a multiple, or a sum of such."""
         facts = self._found.facts
         multiples = [
             (often, source, axis)

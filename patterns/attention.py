@@ -2,45 +2,56 @@
 
 from fusion.patterns.linear import linear
 
-from fusion.language import along, axes, either, optional, pattern, rest, scalar, softmax, tanh
+from fusion.language import along, axes, optional, pattern, rest, scalar, softmax, tanh
+
+
+@pattern(q="... S D", k="... T D", v="... T E", factor=optional("... S|1"), bias=rest("... S T"), scale=scalar())
+def sdpa(q, k, v, factor, bias, scale):
+    """softmax(scale q kᵀ + bias) v (Vaswani et al. 2017, eq. 1). `bias` is every mask and bias, in order.
+
+    Scores may have a factor that is the same for all keys: cosine attention has a learned one (Liu et al. 2022, eq. 2).
+    """
+    scores = scale * axes(factor, "... S -> ... S 1") * (q @ axes(k, "... T D -> ... D T"))
+    return softmax(scores + bias) @ v
 
 
 @pattern(
-    q="... S D", k="... T D", v="... T E",
-    factor=optional("... S|1"), bias=rest("... S T"), scale=scalar(), cap=scalar(),
+    q="B S (H D)", k="B T (H|1 D)", v="B T (H|1 E)",
+    factor=optional("B|1 H|1 S|1"), bias=rest("B H S T"), scale=scalar(),
 )  # fmt: skip
-def sdpa(q, k, v, factor, bias, scale, cap):
-    """softmax(scale q kᵀ + bias) v (Vaswani et al. 2017, eq. 1). `bias` is every mask and bias, in order.
-
-    Scores may have a factor that is the same for all keys, such as the learned one of cosine attention (Liu et al. 2022,
-    eq. 2). With a cap, they are cap tanh(scale q kᵀ) (Gemma Team 2024, section 2): its `scale` is divided by the cap.
-    """
-    dots = q @ axes(k, "... T D -> ... D T")
-    return softmax(either(scale * factor * dots, cap * tanh(scale * factor * dots)) + bias) @ v
+def multi_head_attention(q, k, v, factor, bias, scale):
+    """Attention over heads that lie side by side in the hidden axis (Vaswani et al. 2017, section 3.2.2)."""
+    q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H T D")
+    v = axes(v, "B T (H E) -> B H T E")
+    return axes(sdpa(q, k, v, factor, bias, scale), "B H S E -> B S (H E)")
 
 
 @pattern(
     q="B S (H D)", k="B T (H|1 D)", v="B T (H|1 E)",
     factor=optional("B|1 H|1 S|1"), bias=rest("B H S T"), scale=scalar(), cap=scalar(),
 )  # fmt: skip
-def multi_head_attention(q, k, v, factor, bias, scale, cap):
-    """Attention over heads that lie side by side in the hidden axis (Vaswani et al. 2017, section 3.2.2)."""
-    q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H T D")
-    v = axes(v, "B T (H E) -> B H T E")
-    return axes(sdpa(q, k, v, factor, bias, scale, cap), "B H S E -> B S (H E)")
+def capped_attention(q, k, v, factor, bias, scale, cap):
+    """Attention over heads whose scores are capped before masks: cap tanh(scale q kᵀ) (Gemma Team 2024, section 2).
+
+    `scale` is that of the scores, divided by the cap.
+    """
+    q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H D T")
+    v, factor = axes(v, "B T (H E) -> B H T E"), axes(factor, "B H S -> B H S 1")
+    scores = cap * tanh(scale * factor * (q @ k))
+    return axes(softmax(scores + bias) @ v, "B H S E -> B S (H E)")
 
 
 @pattern(
     x="B S C",
     wq="C (H D)", wk="C (H D)", wv="C (H E)",
     bq=optional("(H D)"), bk=optional("(H D)"), bv=optional("(H E)"),
-    bias=rest("B H S T"), scale=scalar(), cap=scalar(),
+    bias=rest("B H S T"), scale=scalar(),
 )  # fmt: skip
-def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale, cap):
+def self_attention(x, wq, wk, wv, bq, bk, bv, bias, scale):
     """Multi-head attention of projections of one input (Vaswani et al. 2017, section 3.2.2)."""
     q = linear(x, wq, bq)
     k, v = linear(along(x, "B T C"), wk, bk), linear(along(x, "B T C"), wv, bv)
-    return multi_head_attention(q, k, v, None, bias, scale, cap)
+    return multi_head_attention(q, k, v, None, bias, scale)
 
 
 def _masks(found, op, causal, past=()):
@@ -60,35 +71,27 @@ def _queries(found, op):
     return op.scaled(found.q, found.factor, "B H S D") if found.factor else op.arranged(found.q)
 
 
-def _standard(found, op, past=(), *, by_standard=True):
-    scale = found.scale * (1.0 if found.cap is None else found.cap)
+def _standard(found, op, past=(), *, hidden_rows=True):
+    cap = getattr(found, "cap", None)
+    scale = found.scale if cap is None else found.scale * cap
     found.require(scale > 0.0, "the operator takes roots of the scale, and reads 0 as none given")
     found.require_one_dtype()
     bias, flags = _masks(found, op, "is_causal", past)
     found.require(
-        by_standard or found.cap is None or (bias is None and not flags),
-        "the scores are capped by a tanh and then masked: onnxruntime's kernels did the latter first before 1.27",
-    )
-    found.require(
-        by_standard or bias is None,
+        hidden_rows or bias is None,
         "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean",
     )
     caches = zip(past, ("B H T D", "B H T E"), strict=False)
     shared, (k, v, *caches) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"), *caches)
     heads = {"q_num_heads": found.size("H"), "kv_num_heads": shared, "scale": scale}
-    if found.cap is not None:
-        heads["softcap"] = abs(found.cap)
+    if cap is not None:
+        heads["softcap"] = abs(cap)
     attended, *present = op.Attention(_queries(found, op), k, v, bias, *caches, outputs=3, **heads, **flags)
     return op.guarded(attended), *present[: len(past)]
 
 
-def _require_plain(found):
-    found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
-    found.require(found.cap is None, "the scores are capped by a tanh, and the kernel caps none")
-
-
 def _multi_head(found, op, past=()):
-    _require_plain(found)
+    found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()
     forms = [[(found.k, "B T (H D)"), (found.v, "B T (H E)")]]
     alike = found.k.shape[2] == found.v.shape[2]
@@ -104,22 +107,24 @@ def _multi_head(found, op, past=()):
     return op.guarded(attended), *present[: len(past)]
 
 
+@capped_attention.emit("onnx")
 @multi_head_attention.emit("onnx")
 def _(found, op):
     return _standard(found, op, _cache(op, shared="H"))
 
 
 multi_head_attention.emit("onnx")(_standard)
+capped_attention.emit("onnx")(_standard)
 
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
-    return _standard(found, op, _cache(op, shared="H"), by_standard=False)
+    return _standard(found, op, _cache(op, shared="H"), hidden_rows=False)
 
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
-    return _standard(found, op, by_standard=False)
+    return _standard(found, op, hidden_rows=False)
 
 
 @multi_head_attention.emit("ort-cpu")
@@ -132,7 +137,7 @@ multi_head_attention.emit("ort-cpu", "ort-cuda")(_multi_head)
 
 @self_attention.emit("ort-cpu", "ort-cuda")
 def _(found, op):
-    _require_plain(found)
+    found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()
     weights = op.packed(found.wq, found.wk, found.wv, axis=1)
     biases = op.packed(found.bq, found.bk, found.bv, axis=0, absent=(found.wq, found.wk, found.wv))
