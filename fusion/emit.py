@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from fusion.beside import additive, guarded, is_causal
 from fusion.cache import split_cache
 from fusion.captures import parse
-from fusion.dims import Dim, product, terms
+from fusion.dims import Dim, divide, product, terms
 from fusion.found import Captured, Found, New, NewNode, Operand, Unmet
 from fusion.graph import Value
 from fusion.language import letters_of
@@ -256,6 +256,21 @@ class Builder:
             return None
         return self._vector(captured) or self.placed(captured.ref, self._found.dtype)
 
+    def scaled(self, captured: Captured, factor: Captured, form: str) -> Operand:
+        """A capture times a factor of these axes but for the last one, multiplied there, and brought into its own axes.
+
+        Raises:
+            Unmet: one of them cannot be brought there.
+        """
+        wide, narrow = captured.along(form), factor.along(form.rpartition(" ")[0])
+        column = Layout((*narrow.layout.axes, ()), narrow.layout.offsets, narrow.layout.source)
+        lies, _ = self.stored(Captured(self._found, factor.name, Ref(factor.value, column)), range)
+        made = self.Mul(self.placed(wide, self._found.dtype), lies)
+        arranged = rearranged(self, made, wide.layout, captured.ref.layout)
+        if arranged is None:
+            raise self.unmet(f"{captured.value.name} cannot be rearranged after its factor", captured.value)
+        return arranged
+
     def before(self, captured: Captured, count: int) -> Operand:
         """A capture with as many axes of size 1 behind its own."""
         layout = captured.ref.layout
@@ -384,14 +399,20 @@ class Builder:
         return self.shared("Concat", parts, (len(parts),), dtype=TensorProto.INT64, axis=0)
 
     def _size(self, dim: Dim) -> New:
-        """One size as a tensor of shape (1,): read off a captured value that has it, or the sum of such."""
+        """One size as a tensor of shape (1,): read off a captured value that has it or a multiple, or a sum of such."""
         facts = self._found.facts
-        for source in sources(self._found.state):
-            for axis, own in enumerate(facts.shape(source) or ()):
-                if own == dim and before(source, self._found.node):
-                    shape = self.shared("Shape", [source], None, dtype=TensorProto.INT64)
-                    index = self.constant(int64([axis]), "axis")
-                    return self.shared("Gather", [shape, index], (1,), dtype=TensorProto.INT64, axis=0)
+        multiples = [
+            (often, source, axis)
+            for source in sources(self._found.state)
+            for axis, own in enumerate(facts.shape(source) or ())
+            if isinstance(often := divide(own, dim), int) and often and before(source, self._found.node)
+        ]
+        if multiples:
+            often, source, axis = min(multiples, key=lambda multiple: multiple[0])
+            shape = self.shared("Shape", [source], None, dtype=TensorProto.INT64)
+            index = self.constant(int64([axis]), "axis")
+            size = self.shared("Gather", [shape, index], (1,), dtype=TensorProto.INT64, axis=0)
+            return size if often == 1 else self.shared("Div", [size, self.constant(int64([often]), "size")], (1,))
         parts = terms(dim)
         if len(parts) < 2 or any(factor < 1 or len(atoms) + (factor > 1) > 1 for factor, atoms in parts):
             raise self.unmet(f"the size {dim} cannot be read off any captured value", self._found.root)

@@ -195,8 +195,9 @@ def axes(x: Any, spec: str) -> Any:
     before, arrow, after = spec.partition("->")
     if not arrow:
         raise misuse(f"axes wants `before -> after`, not {spec!r}")
-    added = [index for index, word in enumerate(after.split()) if word == "1"]
-    (source, _), (target, _) = parse(before), parse(" ".join(word for word in after.split() if word != "1"))
+    words = after.split()
+    added = [at - len(words) * (ELLIPSIS in words[:at]) for at, word in enumerate(words) if word == "1"]
+    (source, _), (target, _) = parse(before), parse(" ".join(word for word in words if word != "1"))
     if sorted(letters_of(source)) != sorted(letters_of(target)):
         raise misuse(f"axes {spec!r} must have the same letters on both sides")
     if isinstance(x, Expr):

@@ -12,7 +12,7 @@ from fusion.language import letters_of
 from fusion.laws import linear, ring
 from fusion.state import Context, Entry, State
 from fusion.state import entries as entries_of
-from fusion.terms import Item, Prod, Ref
+from fusion.terms import Item, Prod, Ref, multiply, number
 from fusion.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Spine:
         elif (scaled := linear.behind(node, ref, view)) is not None:
             yield from self.walk(scaled[0], coef * scaled[1], entries, state)
         else:
-            given = Prod(coef, ((ref, 1.0),))
+            given = multiply(number(coef), view.expand(ref))
             for matched in self.matcher.products.match(self.formula, given, self.context, state, ref.value.name):
                 yield from self._bind(entries, matched)
 

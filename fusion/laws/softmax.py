@@ -88,9 +88,24 @@ def without_maximum(ref: Ref, view: View, positions: Sequence[int]) -> Ref:
                 inner = reduced.child
                 if reduced.kind != "max" or not isinstance(inner, Ref) or any(map(inner.layout.depends, positions)):
                     continue
-                if inner.value is view.source(kept.origin).value:
+                if _reduces(inner, view.source(kept.origin), positions):
                     return kept.origin
     return ref
+
+
+def _reduces(inner: Ref, source: Ref, positions: Sequence[int]) -> bool:
+    """Whether a reduction of `inner` runs over these axes of `source`, and over nothing else of it.
+
+    The maximum over others may be -inf, or far above, in a row where the own one is not.
+    """
+    axes, count = source.layout.axes, len(source.layout.axes)
+    over = [factor for factors in inner.layout.axes[count:] for factor in factors]
+    return (
+        inner.value is source.value
+        and inner.layout.offsets == source.layout.offsets
+        and over == [factor for axis in positions for factor in axes[axis]]
+        and all(inner.layout.axes[axis] == axes[axis] for axis in range(count) if axis not in positions)
+    )
 
 
 # -- spelling ---------------------------------------------------------------------------------------------------------
