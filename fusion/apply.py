@@ -33,11 +33,16 @@ class _Application:
         finals, region, at = found.finals, found.region, found.place
         targets = {id(result): value for result, value in zip(results, finals, strict=False)}
         made: list[Node] = []
+        told: list[Node] = []  # what is told may be of use only to what goes
         read = {id(operand) for new in nodes for operand in new.inputs}
         for new in nodes:
             inputs = [self.value(operand) for operand in new.inputs]
             if new.shared and id(new.outputs[0]) not in targets:
-                made.extend(self._shared(new, inputs, at))
+                made.extend(self._shared(new, inputs, new.asking or at))
+                continue
+            if new.asking is not None:
+                name = self.graph.fresh(f"fusion_{new.op}")
+                told.append(self._add(new, inputs, list(new.asking.outputs), new.asking, name))
                 continue
             outputs: list[str | Value | None] = []
             for output in new.outputs:
@@ -53,10 +58,10 @@ class _Application:
                     self.values[id(output)] = value
             self._say_where_from(node)
             made.append(node)
-        self.graph.remove_dead([*region.core, *region.prefix, *self._idle()])
+        self.graph.remove_dead([*region.core, *region.prefix, *self._idle(), *region.asking, *told])
         for value in finals[1:]:
             assert value.producer in made or not value.uses, "a kept value has a new producer"
-        return made
+        return [node for node in (*made, *told) if node in self.scope.nodes]
 
     def _idle(self) -> list[Node]:
         """The readers of private values outside the region; a match is only there if they are of no use but to it."""

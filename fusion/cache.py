@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from fusion.dims import Dim
 from fusion.found import Captured, Found
-from fusion.graph import Value
+from fusion.graph import Node, Value
 from fusion.layout import Layout, merge_neighbours
-from fusion.region import Region
+from fusion.region import Region, asks_sizes
 from fusion.schema import axes as schema_axes
 from fusion.terms import Ref
 
@@ -14,6 +16,7 @@ from fusion.terms import Ref
 def split_cache(found: Found, forms: dict[str, str], letter: str, shared: str) -> list[Captured]:
     """See `Builder.split_cache`."""
     state, core, prefix = found.state.copy(), {*found.region.core}, {*found.region.prefix}
+    asking = dict.fromkeys(found.region.asking)
     pasts: list[Captured] = []
     lengths: set[Dim] = set()
     for name, form in forms.items():
@@ -37,14 +40,25 @@ def split_cache(found: Found, forms: dict[str, str], letter: str, shared: str) -
         state.kept[len(state.kept)] = Ref(whole, Layout.identity(lies.source))
         core.add(node)
         prefix.update(peeled.crossed)
+        asking.update(dict.fromkeys(_asking(found, whole)))
         lengths.add(past.layout.source[axis])
         pasts.append(Captured(found, name, past))
-    ordered = (tuple(sorted(nodes, key=lambda node: node.position)) for nodes in (core, prefix - core))
-    found.state, found.region = state, Region(*ordered)
+    inner, outer = (tuple(sorted(nodes, key=lambda node: node.position)) for nodes in (core, prefix - core))
+    found.state, found.region = state, Region(inner, outer, tuple(asking))
     found.require(len(lengths) == 1, f"the pasts of {' and '.join(forms)} may differ in length")
     for kept in state.kept.values():
         found.require(found.is_read(kept.value), f"nobody else reads {kept.value.name}")
     return pasts
+
+
+def _asking(found: Found, whole: Value) -> Iterator[Node]:
+    """Who asks for the sizes of a cache, or of what the region makes of it: a mask may be made of them."""
+    for reader in whole.uses:
+        if reader in found.region.prefix:
+            for value in filter(None, reader.outputs):
+                yield from _asking(found, value)
+        elif asks_sizes(found.view, reader) and reader.scope is found.node.scope:
+            yield reader
 
 
 def _part(found: Found, captured: Captured, value: Value | None) -> Ref:

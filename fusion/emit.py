@@ -19,7 +19,7 @@ from fusion.cache import split_cache
 from fusion.captures import parse
 from fusion.dims import Dim, divide, product, terms
 from fusion.found import Captured, Found, New, NewNode, Operand, Unmet
-from fusion.graph import Value
+from fusion.graph import Node, Value
 from fusion.language import letters_of
 from fusion.layout import Layout, merge_neighbours
 from fusion.place import before, int64, nearest, place, rearranged, shape_items, standing
@@ -393,19 +393,38 @@ class Builder:
         items = shape_items(dims, have, copy)
         if all(isinstance(item, int) for item in items):
             return self.constant(int64([int(str(item)) for item in items]), "shape")
-        parts: list[Operand] = [
-            self.constant(int64([item]), "size") if isinstance(item, int) else self._size(item) for item in items
-        ]
+        parts: list[Operand] = [self._item(item, self._found.node) for item in items]
         return self.shared("Concat", parts, (len(parts),), dtype=TensorProto.INT64, axis=0)
 
-    def _size(self, dim: Dim) -> New:
-        """One size as a tensor of shape (1,): read off a captured value that has it or a multiple, or a sum of such."""
-        facts = self._found.facts
+    def tell_sizes(self) -> None:
+        """Let who asks for the sizes of a value that goes, or that is computed later now, read them off captures.
+
+        Raises:
+            Unmet: a size cannot be read off any value that is computed before the one asked.
+        """
+        for asking in self._found.region.asking:
+            output, asked, count = asking.outputs[0], asking.inputs[0], len(self.nodes)
+            sizes = None if output is None else self._found.facts.integers(output)
+            if asking not in self._found.node.scope.nodes or sizes is None or asked is None or asked.producer is None:
+                continue  # another rewrite has told it, or needs it no more
+            parts: list[Operand] = [self._item(item, asked.producer) for item in sizes.dims if item is not None]
+            self._add(NewNode("Concat", "", parts, [New(TensorProto.INT64)], {"axis": 0}))
+            for new in self.nodes[count:]:
+                new.asking = asking
+
+    def _item(self, item: Dim, at: Node) -> New:
+        return self.constant(int64([item]), "size") if isinstance(item, int) else self._size(item, at)
+
+    def _size(self, dim: Dim, at: Node) -> New:
+        """One size as a tensor of shape (1,): read off a capture or input from before `at` that has it or a multiple,
+        or made of such sizes.
+        """
+        facts, main = self._found.facts, self._found.facts.graph.main
         multiples = [
             (often, source, axis)
-            for source in sources(self._found.state)
+            for source in (*sources(self._found.state), *(main.values[given.name] for given in main.proto.input))
             for axis, own in enumerate(facts.shape(source) or ())
-            if isinstance(often := divide(own, dim), int) and often and before(source, self._found.node)
+            if isinstance(often := divide(own, dim), int) and often and before(source, at)
         ]
         if multiples:
             often, source, axis = min(multiples, key=lambda multiple: multiple[0])
@@ -414,10 +433,15 @@ class Builder:
             size = self.shared("Gather", [shape, index], (1,), dtype=TensorProto.INT64, axis=0)
             return size if often == 1 else self.shared("Div", [size, self.constant(int64([often]), "size")], (1,))
         parts = terms(dim)
-        if len(parts) < 2 or any(factor < 1 or len(atoms) + (factor > 1) > 1 for factor, atoms in parts):
-            raise self.unmet(f"the size {dim} cannot be read off any captured value", self._found.root)
-        sizes = [self._size(*atoms) if atoms else self.constant(int64([factor]), "size") for factor, atoms in parts]
-        return reduce(lambda some, more: self.shared("Add", [some, more], (1,)), sizes)
+        if parts == [(1, (dim,))] or any(factor < 1 or len(atoms) > 1 for factor, atoms in parts):
+            raise self.unmet(f"the size {dim} cannot be read off any capture or input", self._found.root)
+        summands: list[New] = []
+        for factor, atoms in parts:
+            factors = [self._item(part, at) for part in atoms]
+            if factor > 1 or not atoms:
+                factors.append(self._item(factor, at))
+            summands.append(reduce(lambda some, more: self.shared("Mul", [some, more], (1,)), factors))
+        return reduce(lambda some, more: self.shared("Add", [some, more], (1,)), summands)
 
     def in_root_axes(self, result: New) -> New:
         """The result with its axes as the root has them, where the pattern's result has them in another order."""

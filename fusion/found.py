@@ -56,7 +56,12 @@ Operand = Value | New | None
 
 @dataclass(eq=False, slots=True)
 class NewNode:
-    """A node that is still to be made."""
+    """A node that is still to be made.
+
+    Attributes:
+        shared: whether later matches may use it too: it is made early.
+        asking: the Shape node that it, or what reads it, stands for: it is made before that.
+    """
 
     op: str
     domain: str
@@ -64,6 +69,7 @@ class NewNode:
     outputs: list[New]
     attributes: dict[str, object]
     shared: bool = False
+    asking: Node | None = None
 
 
 @dataclass(eq=False)
@@ -143,7 +149,7 @@ class Found:
     def _stays(self, reader: Node) -> bool:
         if reader in self.region.prefix:
             return any(map(self.is_read, filter(None, reader.outputs)))
-        return reader not in self.region.core
+        return reader not in self.region.core and reader not in self.region.asking
 
     def require_order(self, inputs: Iterable[Value]) -> None:
         """Every input is computed before the place of the new nodes: else they would close a cycle."""

@@ -1,7 +1,7 @@
 """The region of a match: the nodes between its captures and its root, and the safety rules they must obey.
 
-Values on the computed path are private: no consumer outside, no graph output. Layout prefixes, masks and who asks for a
-shape may be shared; they stay if somebody needs them and go if nobody does.
+Values on the computed path are private: no consumer outside, no graph output. Who asks only for their sizes can be told
+them otherwise. Layout prefixes and masks may be shared; they stay if somebody needs them and go if nobody does.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ class Region:
     Attributes:
         core: nodes on the computed path, in order.
         prefix: rearrangements and casts between a capture and the core.
+        asking: Shape nodes outside that read a value of the region, of which the sizes are known.
     """
 
     core: tuple[Node, ...]
     prefix: tuple[Node, ...]
+    asking: tuple[Node, ...] = ()
 
 
 def region_of(view: View, root: Value, state: State) -> Region | Miss:
@@ -68,6 +70,7 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
         if data in stops or data in kept or data.producer in prefix:
             prefix[node] = None
     core = [node for node in ordered if node not in prefix]
+    asking: dict[Node, None] = {}
     for node in core:
         for value in (output for output in node.outputs if output is not None):
             if value is root or value in kept:
@@ -75,7 +78,11 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
             if value.is_output:
                 return Miss("privacy", f"{value.name} inside the region is a graph output", Verdict.NO, 1, value.name)
             for reader in value.uses:
-                if reader not in visited and not _dies(reader, visited, stops, ABSORBED):
+                if reader in visited or _dies(reader, visited, stops, ABSORBED):
+                    continue
+                if asks_sizes(view, reader) and reader.scope is producer.scope:
+                    asking[reader] = None
+                else:
                     return Miss(
                         "privacy",
                         f"{value.name} inside the region is also read by {reader.label}",
@@ -83,7 +90,14 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
                         1,
                         value.name,
                     )
-    return Region(tuple(core), tuple(prefix))
+    return Region(tuple(core), tuple(prefix), tuple(asking))
+
+
+def asks_sizes(view: View, reader: Node) -> bool:
+    """Whether a node asks only for sizes, and all of them are known."""
+    output = reader.outputs[0] if reader.key == "Shape" else None
+    sizes = None if output is None else view.facts.integers(output)
+    return sizes is not None and len(sizes.items) > 0 and None not in sizes.items
 
 
 def sources(state: State) -> list[Value]:

@@ -164,6 +164,7 @@ class Rewriter:
                     declared = 1 + len(choice.state.kept)  # what an emission keeps besides lies as it is
                     results = [builder.in_root_axes(output) for output in outputs[:declared]]
                     results.extend(outputs[declared:])
+                    builder.tell_sizes()
                     found.require_order(builder.inputs)
                     found.require_gain(builder.nodes)
                 except Unmet as unmet:

@@ -140,10 +140,13 @@ class Search:
             if anchor in covered or (dirty is not None and anchor not in dirty):
                 continue
             refused: list[Value] = []
+            telling: Candidate | None = None
             for root in self.roots(plan, anchor):
                 if root not in tried:
                     tried[root] = candidate = self._at(plan, root)
-                    if candidate is not None:
+                    if candidate is not None and candidate.region.asking:
+                        telling = telling or candidate
+                    elif candidate is not None:
                         covered.update(candidate.region.core)
                         for outer in refused:  # not missed after all: a part of it matches
                             self.failed.pop((plan.pattern.name, outer.name), None)
@@ -151,14 +154,22 @@ class Search:
                 if anchor in covered:
                     break
                 refused.append(root)
+            if telling is not None and anchor not in covered:
+                covered.update(telling.region.core)
+                yield telling
 
     def _at(self, plan: Plan, root: Value) -> Candidate | None:
+        """The first match at a root; one that must tell others sizes, only where there is none that need not."""
+        telling: Candidate | None = None
         for ref, state in self._matchers[plan].match(root):
             region = region_of(self.view, root, state)
-            if isinstance(region, Region):
+            if not isinstance(region, Region):
+                self.note(plan, root, (region,))
+            elif not region.asking:
                 return Candidate(plan, root, ref, state, region)
-            self.note(plan, root, (region,))
-        return None
+            else:
+                telling = telling or Candidate(plan, root, ref, state, region)
+        return telling
 
     def roots(self, plan: Plan, anchor: Node) -> list[Value]:
         """Values above an anchor that may be the pattern's result, outermost first."""

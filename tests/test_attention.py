@@ -483,6 +483,42 @@ def test_a_projection_that_is_read_elsewhere_too(which):
     assert same(b.model(b.whole(q, k, v), side), b.feeds).counts in ({"multi_head_attention": 1}, FUSED, {})
 
 
+@pytest.mark.parametrize("opset", [12, 17])
+@pytest.mark.parametrize("heads", ["by head", "in the batch"])
+def test_a_bias_made_of_the_sizes_of_the_scores_reads_them_off_the_input(opset, heads):
+    b = Attention(opset=opset)
+    s = b.sizes
+    q, k, v = b.qkv(biases="")
+    if heads == "in the batch":
+        q, v, k = b.reshape(q, [-1, s.S, 7]), b.reshape(v, [-1, s.S, 7]), b.reshape(k, [-1, 7, s.S])
+
+    def nearer(b, scores):
+        sizes = b.shape(scores)
+        total = b.gather(sizes, np.array(-1), axis=0)
+        columns = b.node("Range", np.array(0), total, np.array(1))
+        return b.add(scores, b.expand(b.mul(b.cast(columns, to=FLOAT), 0.25), sizes))
+
+    attended = b.matmul(b.softmax(nearer(b, b.mul(b.matmul(q, k), 0.4)), axis=-1), v)
+    attended = attended if heads == "by head" else b.reshape(attended, [-1, s.H, s.S, 7])
+    result = same(b.model(b.merged(attended)), b.feeds)
+    assert sum(result.counts.values()) == 1
+    assert "Softmax" not in operators(result.model)
+
+    x = b.feeds["x"].astype(np.float64)
+    split = (s.B, s.S, s.H, s.D)
+    projected = (x @ numbers(s.C, s.hidden, seed=11 + i, scale=0.5) for i in range(3))
+    q, k, v = (made.reshape(split).swapaxes(1, 2) for made in projected)
+    expected = softmax(q @ k.swapaxes(-1, -2) * 0.4 + 0.25 * np.arange(s.S)) @ v
+    (got,) = run(result.model, b.feeds).values()
+    np.testing.assert_allclose(got, expected.swapaxes(1, 2).reshape(s.B, s.S, -1), rtol=1e-3, atol=1e-4)
+
+
+def test_a_bias_made_of_the_scores_themselves_keeps_them():
+    b = Attention()
+    result = same(b.model(b.whole(*b.qkv(), mask=lambda b, scores: b.add(scores, b.max_over(scores)))), b.feeds)
+    assert result.counts == {}
+
+
 def test_two_attentions_of_one_input_do_not_mix():
     b = Attention()
     first, second = b.qkv(), b.qkv()

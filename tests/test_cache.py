@@ -169,9 +169,10 @@ def test_a_cache_in_other_axes_stays():
     assert len(node(result.model).input) <= 6
 
 
+@pytest.mark.parametrize("past", [0, P])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_mask_made_of_the_size_of_the_cache_needs_it_before(transposed):
-    b = Cached()
+def test_a_mask_made_of_the_size_of_the_cache_reads_it_off_the_past_and_the_new_tokens(transposed, past):
+    b = Cached(past=past)
     keys = b.transpose("all_k", perm=[0, 1, 3, 2])
 
     def mask(b, scores):
@@ -179,9 +180,37 @@ def test_a_mask_made_of_the_size_of_the_cache_needs_it_before(transposed):
         total = b.node("Gather", sizes, np.array(axis), axis=0)
         return b.add(scores, b.cast(b.node("Range", np.array(0), total, np.array(1)), to=FLOAT))
 
-    result = same(b.model(b.whole(b.q, keys, "all_v", mask=mask), *b.caches), b.feeds)
+    result = same(b.model(b.whole(b.q, keys, "all_v", mask=mask, scale=0.4), *b.caches), b.feeds)
+    assert list(node(result.model).input)[6:] == ["past_k", "past_v"]
+    asked = {name for made in result.model.graph.node if made.op_type == "Shape" for name in made.input}
+    assert asked.isdisjoint([keys, "all_k"])
+
+    attended = b.attended(lambda b, scores: b.add(scores, np.arange(past + 5, dtype=np.float32)))
+    expected = run(b.model(attended, *b.caches), b.feeds)[attended]
+    np.testing.assert_allclose(run(result.model, b.feeds)[result.matches[0].root], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_made_of_the_numbers_of_the_cache_needs_it_before():
+    b = Cached()
+
+    def mask(b, scores):
+        return b.add(scores, b.transpose(b.sum("all_k"), perm=[0, 1, 3, 2]))
+
+    result = same(b.model(b.attended(mask), *b.caches), b.feeds)
     assert operators(result.model)["MultiHeadAttention"] == 1
     assert len(node(result.model).input) <= 6
+
+
+def test_sizes_that_only_the_region_asked_for_go_with_it():
+    """Keys are flattened and transposed by their own shape, as some exporters do."""
+    b = Cached()
+    shape = b.shape("all_k")
+    flat = b.node("Reshape", "all_k", b.concat(np.array([-1]), b.slice(shape, np.array([2]), np.array([4])), axis=0))
+    turned = b.concat(*(b.slice(shape, np.array([i]), np.array([i + 1])) for i in (0, 1, 3, 2)), axis=0)
+    keys = b.node("Reshape", b.transpose(flat, perm=[0, 2, 1]), turned)
+    result = same(b.model(b.whole(b.q, keys, "all_v"), *b.caches), b.feeds)
+    assert list(node(result.model).input)[6:] == ["past_k", "past_v"]
+    assert not {"Shape", "Gather", "Concat"} & set(operators(result.model))
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -71,6 +71,26 @@ def test_an_interior_value_with_a_second_consumer_blocks_the_match(interior):
 
 
 @pytest.mark.parametrize("interior", INTERIOR)
+def test_who_asks_for_the_sizes_of_an_interior_value_reads_them_off_the_input(interior):
+    b = Build(opset=20)
+    values = written_gelu(b, b.input("x", ["B", "S", 5]))
+    asked = b.shape(values[interior])
+    result = same(b.model(values["result"], (asked, INT64, [3])), FEED)
+    assert result.counts == {"gelu": 1}
+    np.testing.assert_array_equal(run(result.model, FEED)[asked], [2, 3, 5])
+    assert "Erf" not in operators(result.model)
+
+
+def test_sizes_that_cannot_be_read_elsewhere_block_the_match():
+    b = Build(opset=20)
+    values = written_gelu(b, b.reshape(b.input("x", ["B", "S", 5]), [-1, 5]))
+    asked = b.shape(values["erf"])
+    result = same(b.model(values["result"], (asked, INT64, [2])), FEED)
+    assert result.counts == {}
+    assert {text for _, text in misses(result, "gelu")} == {"the size B*S cannot be read off any capture or input"}
+
+
+@pytest.mark.parametrize("interior", INTERIOR)
 def test_an_interior_value_captured_by_a_body_blocks_the_match(interior):
     b = Build()
     values = written_gelu(b, b.input("x", ["B", "S", 5]))
