@@ -74,7 +74,7 @@ def no_mask(q, k, v, bias, scale):
     """Attention that forgets its mask."""
     q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H T D")
     v = axes(v, "B T (H E) -> B H T E")
-    return axes(sdpa(q, k, v, bias, scale), "B H S E -> B S (H E)")
+    return axes(sdpa(q, k, v, None, bias, scale), "B H S E -> B S (H E)")
 
 
 @no_mask.emit("ort-cpu")
