@@ -108,10 +108,13 @@ class Explainer:
         """For each root the nearest miss of at most so much weight; one without misses where the plan matches."""
         found: list[NearMiss] = []
         for root in roots:
-            ways = [self._least(view, plan, root, limit) for view in (self._view(root), self.search.view)]
-            known = [misses for misses in ways if misses is not None]
-            if known:
-                found.append(NearMiss(plan.pattern.name, root.name, min(known, key=_weight), plan.weight))
+            least = self._least(self._view(root), plan, root, limit)
+            if least is None or least:
+                closer = limit if least is None else min(limit, _weight(least) - 1)
+                other = self._least(self.search.view, plan, root, closer)
+                least = least if other is None else other
+            if least is not None:
+                found.append(NearMiss(plan.pattern.name, root.name, least, plan.weight))
         return found
 
     def _roots(self, plan: Plan, anchor: Node) -> list[Value]:
