@@ -113,7 +113,7 @@ class Matcher:
             self.axes.rank = len(ref.layout.axes)
             start = State({}, letters, {})
             for state in self.child(self.plan.root, ref, {}, start):
-                self.limit = min(self.limit, state.unmet)
+                self.limit = state.unmet - 1  # what is no nearer tells nothing more
                 yield ref, state
         if not legible and self.plan.inner:
             yield from self._illegible(value, root.layout, f"axes {spell_dims(self.plan.dims)}", "no such seams")
@@ -577,6 +577,8 @@ class Matcher:
             for value, current in parts.bindable(variable, number, part, state, place):
                 for bound in self.bind(variable, value, context, current):
                     yield from self.assign(others, remaining, parts, context, bound, place)
+                    if bound is state:
+                        return  # it was bound before, to this: no other part can be nearer
         if self.plan.captures[name].kind == "optional" and name not in state.bound:
             yield from self.assign(others, given, parts, context, state, place)
         else:
