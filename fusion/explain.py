@@ -109,10 +109,9 @@ class Explainer:
         found: list[NearMiss] = []
         for root in roots:
             least = self._least(self._view(root), plan, root, limit)
-            if least is None or least:
-                closer = limit if least is None else min(limit, _weight(least) - 1)
-                other = self._least(self.search.view, plan, root, closer)
-                least = least if other is None else other
+            if least != ():  # with all readers less is opened: it can only be nearer, and is asked for that alone
+                closer = self._least(self.search.view, plan, root, _weight(least) - 1 if least else 0)
+                least = least if closer is None else closer
             if least is not None:
                 found.append(NearMiss(plan.pattern.name, root.name, least, plan.weight))
         return found

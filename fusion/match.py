@@ -142,7 +142,7 @@ class Matcher:
         note = Miss(kind, f"expected {expected}, found {found}", verdict, max(weight, 1), place)
         if note in state.misses:  # where a formula uses something twice, it is wrong once
             yield state
-        elif self.steps <= RECORD_STEPS and state.unmet + note.weight <= self.limit:
+        elif state.unmet + note.weight <= self.limit:
             missed = state.copy()
             missed.misses = (*state.misses, note)
             yield missed
@@ -162,6 +162,8 @@ class Matcher:
 
     def child(self, term: Prod, given: Ref | Prod, context: Context, state: State) -> Iterator[State]:
         """Match an operand: a capture binds the value itself, a formula is matched against its term."""
+        if self.steps > RECORD_STEPS:
+            return
         single = term.single
         if isinstance(single, p.Var) and isinstance(given, Ref):
             yield from self.bind(single, given, context, state)
