@@ -93,6 +93,7 @@ class Matcher:
         self.axes = Axes(plan)
         self.most = plan.weight if limit is None else limit
         self.limit = 0
+        self._lost: dict[int, tuple[Atom, int]] = {}
         self._root: Value | None = None
         self._tolerance = 0.0
         self.place = ""
@@ -139,13 +140,31 @@ class Matcher:
         if not self.record:
             return
         self.steps += 1
-        note = Miss(kind, f"expected {expected}, found {found}", verdict, max(weight, 1), place)
-        if note in state.misses:  # where a formula uses something twice, it is wrong once
+        if not self.may_miss(state, weight, place):
+            return
+        note = Miss(kind, f"expected {expected}, found {found}", verdict, weight, place)
+        if note in state.misses:
             yield state
-        elif state.unmet + note.weight <= self.limit:
+        elif state.unmet + weight <= self.limit:
             missed = state.copy()
             missed.misses = (*state.misses, note)
             yield missed
+
+    def may_miss(self, state: State, weight: int, place: str) -> bool:
+        """Whether a miss may be noted: there is room for it, or it is noted.
+
+        Where a formula uses something twice, it is wrong once.
+        """
+        if self.steps > RECORD_STEPS:
+            return False
+        return state.unmet + weight <= self.limit or any(miss[3:] == (weight, place) for miss in state.misses)
+
+    def lost(self, atom: Atom) -> int:
+        """How much of the formula stays unmatched without a factor."""
+        known = self._lost.get(id(atom))
+        if known is None:
+            known = self._lost[id(atom)] = atom, p.weight(leaf(atom))
+        return known[1]
 
     def close(self, expected: float, found: float) -> bool:
         """Whether two constants are equal as closely as exporters round them."""
@@ -307,7 +326,7 @@ class Matcher:
         extra = extra_attributes(node, ())
         states: Iterator[State] = iter((state,))
         if node.key != atom.name or len(node.inputs) != 1:
-            lost = 1 if node.key in UNARY else p.weight(Prod(1.0, ((atom, 1.0),)))
+            lost = 1 if node.key in UNARY else self.lost(atom)
             states = self.miss(state, "operator", atom.name, node.key, lost, node.label)
             if lost > 1:
                 yield from states
@@ -348,7 +367,7 @@ class Matcher:
             return
         written = softmax.written_out(node, given, self.view)
         if written is None and node.key not in SPELLINGS["softmax"] | alike(frozenset({"Softmax"})):
-            yield from self.miss(state, "operator", "Softmax", node.key, p.weight(leaf(atom)), node.label)
+            yield from self.miss(state, "operator", "Softmax", node.key, self.lost(atom), node.label)
             return
         scores = self.view.operand(given, node, 0) if written is None else written[0]
         if scores is None:
@@ -466,7 +485,7 @@ class Matcher:
         rank = len(given.layout.source)
         captured = read(node, rank) if read is not None and rank else None
         if captured is None:
-            lost = p.weight(Prod(1.0, ((atom, 1.0),)))
+            lost = self.lost(atom)
             yield from self.miss(state, "operator", " or ".join(atom.pattern.readers), node.key, lost, node.label)
             return
         states: list[State] = [state]
