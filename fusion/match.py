@@ -196,7 +196,12 @@ class Matcher:
             yield from spine.walk(given, 1.0, (), state)
         elif isinstance(given, Ref):
             opened = (self.view.expand if self.products.plan_of(term.factors).formulas else self.view.factor)(given)
-            yield from self.products.match(term, opened, context, state, given.value.name)
+            whole = False
+            for matched in self.products.match(term, opened, context, state, given.value.name):
+                whole = whole or matched.misses is state.misses
+                yield matched
+            if self.record and whole:
+                return
             if isinstance(single, Sum) and (grouped := ring.one_level(given, self.view)) not in (None, opened):
                 yield from self.products.match(term, grouped, context, state, given.value.name)
         else:
