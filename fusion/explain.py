@@ -22,8 +22,8 @@ from fusion.view import LAYOUTS, View
 LIMITS = (0, 1, 2, 4, FAR)
 """How much may be wrong with a formula; more is looked for only where less is not found."""
 
-STEPS = 2500
-"""How far explaining goes around one anchor: a bound on its time that is the same on every machine."""
+STEPS = 3000
+"""How many captures and misses are tried around one anchor: a bound on the time that no machine decides."""
 
 CONE = 300
 """How many nodes below a root are known to belong to it; a formula has far fewer."""
@@ -117,7 +117,7 @@ class Explainer:
         found: list[NearMiss] = []
         for root in roots:
             least = self._least(self._view(root), plan, root, limit)
-            if least != ():  # with all readers less is opened: it can only be nearer, and is asked for that alone
+            if least != ():  # with all readers fewer values are opened: asked only whether it is nearer
                 closer = self._least(self.search.view, plan, root, _weight(least) - 1 if least else 0)
                 least = least if closer is None else closer
             if least is not None:

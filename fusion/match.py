@@ -55,8 +55,8 @@ LOOSEST = max(TOLERANCE.values())
 FAR = 8
 """How much may be unmet in what is explained."""
 
-RECORD_STEPS = 400
-"""How far a recording search goes on one anchor; explanations need not be exhaustive."""
+RECORD_STEPS = 600
+"""How many captures and misses a recording search tries at one root; explanations need not be exhaustive."""
 
 
 class Parts(Protocol[Part]):
@@ -181,7 +181,7 @@ class Matcher:
 
     def child(self, term: Prod, given: Ref | Prod, context: Context, state: State) -> Iterator[State]:
         """Match an operand: a capture binds the value itself, a formula is matched against its term."""
-        if self.steps > RECORD_STEPS:
+        if self.record and self.steps > RECORD_STEPS:
             return
         single = term.single
         if isinstance(single, p.Var) and isinstance(given, Ref):
@@ -545,6 +545,7 @@ class Matcher:
 
     def bind(self, variable: p.Var, given: Ref, context: Context, state: State) -> Iterator[State]:
         """Bind a tensor capture to the source of a reference, seen in the axes it is read along."""
+        self.steps += 1
         name = variable.name
         capture = self.plan.captures[name]
         if capture.kind == "scalar":
