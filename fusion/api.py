@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fusion.diff import Diff, diff
 from fusion.errors import FusionError, PatternError
-from fusion.explain import Explainer
+from fusion.explain import STEPS, Explainer
 from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
 from fusion.model import load, save
@@ -291,12 +291,15 @@ def _matches(rewriter: Rewriter, explainer: Explainer) -> list[Place]:
 
 
 def _explained(explainer: Explainer, limit: int | None, known: set[str]) -> list[NearMiss]:
-    """The nearest misses around anchors; with a limit, only around so many that are of the pattern."""
+    """The nearest misses around anchors; with a limit, only around so many of a pattern, and while its steps last."""
     found: dict[tuple[str, str], NearMiss] = {}
     for plan in explainer.search.plans:
         if limit is not None and plan.pattern.is_last:
             continue  # any product is nearly one of these
+        end = explainer.steps + STEPS
         for anchor in explainer.anchors(plan) if limit is None else explainer.search.anchors(plan)[:limit]:
+            if limit is not None and explainer.steps > end:
+                break
             for near in explainer.explain(plan, anchor):
                 key = (near.pattern, near.root)
                 if near.root not in known and (key not in found or near.unmet < found[key].unmet):

@@ -103,7 +103,7 @@ class Atoms:
         extra = extra_attributes(node, ())
         states: Iterator[State] = iter((state,))
         if node.key != atom.name or len(node.inputs) != 1:
-            lost = 1 if node.key in UNARY else p.weight(Prod(1.0, ((atom, 1.0),)))
+            lost = 1 if node.key in UNARY else self.matcher.lost(atom)
             states = self.matcher.miss(state, "operator", atom.name, node.key, lost, node.label)
             if lost > 1:
                 yield from states
@@ -144,7 +144,7 @@ class Atoms:
             return
         written = softmax.written_out(node, given, self.view)
         if written is None and node.key not in SPELLINGS["softmax"] | alike(frozenset({"Softmax"})):
-            yield from self.matcher.miss(state, "operator", "Softmax", node.key, p.weight(leaf(atom)), node.label)
+            yield from self.matcher.miss(state, "operator", "Softmax", node.key, self.matcher.lost(atom), node.label)
             return
         scores = self.view.operand(given, node, 0) if written is None else written[0]
         if scores is None:
@@ -264,7 +264,7 @@ class Atoms:
         rank = len(given.layout.source)
         captured = read(node, rank) if read is not None and rank else None
         if captured is None:
-            lost = p.weight(Prod(1.0, ((atom, 1.0),)))
+            lost = self.matcher.lost(atom)
             yield from self.matcher.miss(
                 state, "operator", " or ".join(atom.pattern.readers), node.key, lost, node.label
             )

@@ -21,6 +21,9 @@ from fusion.view import LAYOUTS, View
 LIMITS = (0, 1, 2, 4, FAR)
 """How much may be wrong with a formula; more is looked for only where less is not found."""
 
+STEPS = 3000
+"""How many captures and misses are tried around one anchor: a bound on the time that no machine decides."""
+
 CONE = 300
 """How many nodes below a root are known to belong to it; a formula has far fewer."""
 
@@ -40,6 +43,8 @@ class Explainer:
         self.search = search
         self.covered: set[Node] = set()
         """Nodes of matches: nothing nearly ends among them."""
+        self.steps = 0
+        """How much has been searched."""
         self._views: dict[Value, View] = {}
         self._known: dict[tuple[View, Plan, Value, int], tuple[Miss, ...] | None] = {}
 
@@ -61,7 +66,10 @@ class Explainer:
         spelled = anchor.key in plan.operators or len(plan.anchors) > 1
         roots = self._roots(plan, anchor)
         most = min(FAR, plan.weight // 2 if spelled else (plan.weight - 1) // 2)
+        end = self.steps + STEPS
         for limit in sorted({min(limit, most) for limit in LIMITS}):
+            if self.steps > end:
+                break
             reached = self._within(plan, roots, limit)
             found = [near for near in reached if near.misses]
             if not spelled:  # where a fact is missing, something should be there that speaks for the pattern
@@ -107,10 +115,12 @@ class Explainer:
         """For each root the nearest miss of at most so much weight; one without misses where the plan matches."""
         found: list[NearMiss] = []
         for root in roots:
-            ways = [self._least(view, plan, root, limit) for view in (self._view(root), self.search.view)]
-            known = [misses for misses in ways if misses is not None]
-            if known:
-                found.append(NearMiss(plan.pattern.name, root.name, min(known, key=_weight), plan.weight))
+            least = self._least(self._view(root), plan, root, limit)
+            if least != ():  # with all readers fewer values are opened: asked only whether it is nearer
+                closer = self._least(self.search.view, plan, root, _weight(least) - 1 if least else 0)
+                least = least if closer is None else closer
+            if least is not None:
+                found.append(NearMiss(plan.pattern.name, root.name, least, plan.weight))
         return found
 
     def _roots(self, plan: Plan, anchor: Node) -> list[Value]:
@@ -146,17 +156,19 @@ class Explainer:
         """The least that is unmet at a root, nothing where it matches; None where it is more than `limit`."""
         key = view, plan, root, limit
         if key not in self._known:
-            self._known[key] = _search(view, plan, root, limit)
+            matcher = Matcher(view, plan, record=limit > 0, limit=limit)
+            self._known[key] = _search(matcher, root)
+            self.steps += 1 + matcher.steps
         return self._known[key]
 
 
-def _search(view: View, plan: Plan, root: Value, limit: int) -> tuple[Miss, ...] | None:
+def _search(matcher: Matcher, root: Value) -> tuple[Miss, ...] | None:
     best: tuple[Miss, ...] | None = None
-    ways = Matcher(view, plan, record=limit > 0, limit=limit).match(root)
-    for _, state in ways if limit else islice(ways, CHOICES):
+    ways = matcher.match(root)
+    for _, state in ways if matcher.record else islice(ways, CHOICES):
         misses = state.misses
         if not misses:
-            region = region_of(view, root, state)
+            region = region_of(matcher.view, root, state)
             misses = () if isinstance(region, Region) else (region,)
         if best is None or _weight(misses) < _weight(best):
             best = misses

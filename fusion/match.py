@@ -31,6 +31,7 @@ from fusion.terms import (
     Prod,
     Ref,
     Sum,
+    leaf,
 )
 from fusion.verdict import Verdict
 from fusion.view import View
@@ -45,8 +46,8 @@ LOOSEST = max(TOLERANCE.values())
 FAR = 8
 """How much may be unmet in what is explained."""
 
-RECORD_STEPS = 400
-"""How far a recording search goes on one anchor; explanations need not be exhaustive."""
+RECORD_STEPS = 600
+"""How many captures and misses a recording search tries at one root; explanations need not be exhaustive."""
 
 
 class Parts(Protocol[Part]):
@@ -83,6 +84,7 @@ class Matcher:
         self.axes = Axes(plan)
         self.most = plan.weight if limit is None else limit
         self.limit = 0
+        self._lost: dict[int, tuple[Atom, int]] = {}
         self._root: Value | None = None
         self._tolerance = 0.0
         self.place = ""
@@ -104,7 +106,7 @@ class Matcher:
             self.axes.rank = len(ref.layout.axes)
             start = State({}, letters, {})
             for state in self.child(self.plan.root, ref, {}, start):
-                self.limit = min(self.limit, state.unmet)
+                self.limit = state.unmet - 1  # what is no nearer tells nothing more
                 yield ref, state
         if not legible and self.plan.inner:
             yield from self._illegible(value, root.layout, f"axes {spell_dims(self.plan.dims)}", "no such seams")
@@ -130,13 +132,31 @@ class Matcher:
         if not self.record:
             return
         self.steps += 1
-        note = Miss(kind, f"expected {expected}, found {found}", verdict, max(weight, 1), place)
-        if note in state.misses:  # where a formula uses something twice, it is wrong once
+        if not self.may_miss(state, weight, place):
+            return
+        note = Miss(kind, f"expected {expected}, found {found}", verdict, weight, place)
+        if note in state.misses:
             yield state
-        elif self.steps <= RECORD_STEPS and state.unmet + note.weight <= self.limit:
+        elif state.unmet + weight <= self.limit:
             missed = state.copy()
             missed.misses = (*state.misses, note)
             yield missed
+
+    def may_miss(self, state: State, weight: int, place: str) -> bool:
+        """Whether a miss may be noted: there is room for it, or it is noted.
+
+        Where a formula uses something twice, it is wrong once.
+        """
+        if self.steps > RECORD_STEPS:
+            return False
+        return state.unmet + weight <= self.limit or any(miss[3:] == (weight, place) for miss in state.misses)
+
+    def lost(self, atom: Atom) -> int:
+        """How much of the formula stays unmatched without a factor."""
+        known = self._lost.get(id(atom))
+        if known is None:
+            known = self._lost[id(atom)] = atom, p.weight(leaf(atom))
+        return known[1]
 
     def close(self, expected: float, found: float) -> bool:
         """Whether two constants are equal as closely as exporters round them."""
@@ -153,6 +173,8 @@ class Matcher:
 
     def child(self, term: Prod, given: Ref | Prod, context: Context, state: State) -> Iterator[State]:
         """Match an operand: a capture binds the value itself, a formula is matched against its term."""
+        if self.record and self.steps > RECORD_STEPS:
+            return
         single = term.single
         if isinstance(single, p.Var) and isinstance(given, Ref):
             yield from self.bind(single, given, context, state)
@@ -166,7 +188,12 @@ class Matcher:
             yield from spine.walk(given, 1.0, (), state)
         elif isinstance(given, Ref):
             opened = (self.view.expand if self.products.plan_of(term.factors).formulas else self.view.factor)(given)
-            yield from self.products.match(term, opened, context, state, given.value.name)
+            whole = False
+            for matched in self.products.match(term, opened, context, state, given.value.name):
+                whole = whole or matched.misses is state.misses
+                yield matched
+            if self.record and whole:
+                return
             if isinstance(single, Sum) and (grouped := ring.one_level(given, self.view)) not in (None, opened):
                 yield from self.products.match(term, grouped, context, state, given.value.name)
         else:
@@ -220,6 +247,7 @@ class Matcher:
 
     def bind(self, variable: p.Var, given: Ref, context: Context, state: State) -> Iterator[State]:
         """Bind a tensor capture to the source of a reference, seen in the axes it is read along."""
+        self.steps += 1
         name = variable.name
         capture = self.plan.captures[name]
         if capture.kind == "scalar":
@@ -278,6 +306,8 @@ class Matcher:
             for value, current in parts.bindable(variable, number, part, state, place):
                 for bound in self.bind(variable, value, context, current):
                     yield from self.assign(others, remaining, parts, context, bound, place)
+                    if bound is state:
+                        return  # it was bound before, to this: no other part can be nearer
         if self.plan.captures[name].kind == "optional" and name not in state.bound:
             yield from self.assign(others, given, parts, context, state, place)
         else:

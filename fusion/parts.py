@@ -37,7 +37,7 @@ def match_join(matcher: Matcher, atom: p.Join, given: Ref, context: Context, sta
     split = given.layout.split(axis, sizes) if sizes else None
     if split is None:
         found = f"one of {given.layout.shape[axis]}"
-        lost = p.weight(Prod(1.0, ((atom, 1.0),)))
+        lost = matcher.lost(atom)
         yield from matcher.miss(state, "dimension", f"an axis of {count} pieces", found, lost, given.value.name)
         return
     letters = dict(context)
@@ -61,7 +61,7 @@ def match_concat(matcher: Matcher, atom: p.Concat, given: Ref, context: Context,
     along = schema_axes(node, view.facts) if node is not None and node.key == "Concat" else None
     if node is None or along is None or peeled.layout.whole(last) != along[0]:
         found = node.key if node is not None else peeled.value.name
-        lost = p.weight(Prod(1.0, ((atom, 1.0),)))
+        lost = matcher.lost(atom)
         yield from matcher.miss(state, "operator", "Concat along the last axis", found, lost, given.value.name)
         return
     starts: list[Dim] = [0]

@@ -168,8 +168,10 @@ class Products:
                 for matched, scale in self._nearly(atom, exponent, candidate, own, context, state, free):
                     for rest, more in self._formulas(others, remaining, coef, context, matched, free, place):
                         yield rest, (_power(scale, exponent) or 1.0) * more
+            lost = self.matcher.lost(atom)
+            if not self.matcher.may_miss(state, lost, place):
+                return
             kinds = ", ".join(describe(candidate, own) for candidate, own in given) or f"the number {coef:g}"
-            lost = p.weight(Prod(1.0, ((atom, exponent),)))
             for missed in self.matcher.miss(state, "operator", describe(atom, exponent), kinds, lost, place):
                 for rest, more in self._formulas(others, given, coef, context, missed, free, place):
                     yield rest, more

@@ -136,8 +136,10 @@ class Sums:
                     found = found or matched.misses is state.misses
                     yield from self._summands(others, remaining, share, context, matched, place)
         if self.record and not found:
+            lost = (item.coef != 1.0) + sum(self.matcher.lost(atom) for atom, _ in item.factors)
+            if not self.matcher.may_miss(state, lost, place):
+                return
             kinds = ", ".join(describe_item(candidate) for candidate in given) or "nothing more"
-            lost = p.weight(Prod(item.coef, item.factors))
             for without in self.matcher.miss(state, "operator", describe_item(item), kinds, lost, place):
                 yield from self._summands(others, given, scale, context, without, place)
 

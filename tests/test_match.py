@@ -6,10 +6,12 @@ from itertools import product
 
 import numpy as np
 import pytest
-from building import DOUBLE, FLOAT, HALF, Build, gelu, layer_norm
+from building import DOUBLE, FLOAT, HALF, Build, gelu, layer_norm, numbers
 from onnx import helper
 
 import fusion
+from fusion.api import library
+from fusion.explain import STEPS, Explainer
 from fusion.graph import Graph
 from fusion.language import erf, mean, optional, pattern, scalar, sqrt, tanh
 from fusion.match import Matcher
@@ -376,6 +378,25 @@ def test_why_tells_the_nearest_miss_of_a_library_pattern():
     assert [(miss.kind, miss.text) for miss in place.misses] == [
         ("constant", "expected the factor 0.707107, found 0.57735")
     ]
+
+
+def chain_of_norms(layers: int):
+    """Norms without epsilon, each of a sum of the one before and of what is computed from it."""
+    b = Build(17)
+    h = b.input("x", ("B", "S", 8))
+    for _ in range(layers):
+        h = layer_norm(b, b.add(h, b.relu(h)), numbers(8, seed=1), numbers(8, seed=2), eps=0.0)
+    return b.model(h)
+
+
+def test_explaining_goes_so_far_around_an_anchor_and_no_further():
+    search = Search(Graph(load(chain_of_norms(12))), [library()["skip_layer_norm"]])
+    explainer = Explainer(search)
+    for plan in search.plans:
+        for anchor in explainer.anchors(plan):
+            before = explainer.steps
+            explainer.explain(plan, anchor)
+            assert explainer.steps - before <= 3 * STEPS  # what is begun is ended
 
 
 def test_find_names_the_nodes_of_a_match():
