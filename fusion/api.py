@@ -14,20 +14,20 @@ from typing import Any, ClassVar
 
 from rich.console import Console
 
-from fusion.diff import Diff, diff
+from fusion.diffing.diff import Diff, diff
 from fusion.errors import FusionError, PatternError
-from fusion.explain import STEPS, Explainer
-from fusion.graph import Graph, paused_collection
 from fusion.language import Pattern
-from fusion.model import load, save
+from fusion.matching.explain import STEPS, Explainer
+from fusion.matching.state import Miss, NearMiss, verdict_of
+from fusion.models.graph import Graph, paused_collection
+from fusion.models.model import load, save
 from fusion.opset import convert
-from fusion.outcome import Rewritten
 from fusion.report import Report, table
-from fusion.rewrite import Rewriter
 from fusion.simplify import GROUP, RULES, Simplifier
-from fusion.state import Miss, NearMiss, verdict_of
 from fusion.targets import Target, target_named
 from fusion.verdict import Verdict
+from fusion.writing.outcome import Rewritten
+from fusion.writing.rewrite import Rewriter
 
 NEAR_MISSES = 16
 """How many anchors of one pattern a run explains; `why` explains all."""

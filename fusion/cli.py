@@ -21,12 +21,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 
 from fusion import api
 from fusion.demo import demonstrate
-from fusion.diff import diff as diff_models
+from fusion.diffing.diff import diff as diff_models
 from fusion.errors import FusionError
 from fusion.language import Pattern
 from fusion.report import Report, plain, table
 from fusion.simplify import RULES, Rule
-from fusion.verify import verify as verify_models
+from fusion.verifying.verify import verify as verify_models
 
 DIFFERENT, FAILED = 1, 2
 

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fusion.api import optimize
-from fusion.diff import diff
+from fusion.diffing.diff import diff
 from fusion.errors import OutputError
 from fusion.report import table
-from fusion.runtime import Session
-from fusion.verify import verify
+from fusion.verifying.runtime import Session
+from fusion.verifying.verify import verify
 
 STRUCTURE = "data/bert.onnx.xz"
 SPREAD = 0.02  # of the weights; what BERT itself is initialised with

@@ -14,11 +14,12 @@ from typing import Any
 import onnx.version_converter
 from onnx import FunctionProto, GraphProto, TensorProto, defs, helper, numpy_helper
 
-from fusion import check, registry
+from fusion import registry
 from fusion.errors import ModelError, TargetError
 from fusion.facts import Facts
-from fusion.graph import Graph, Node, Value
-from fusion.model import Model
+from fusion.models import check
+from fusion.models.graph import Graph, Node, Value
+from fusion.models.model import Model
 from fusion.targets import Target
 
 REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")

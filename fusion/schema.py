@@ -17,7 +17,7 @@ from fusion import registry
 
 if TYPE_CHECKING:
     from fusion.facts import Facts
-    from fusion.graph import Node
+    from fusion.models.graph import Node
 
 Attribute = int | float | bytes | TensorProto | GraphProto | SparseTensorProto | TypeProto | list[Any]
 

@@ -12,8 +12,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from fusion.dims import Dim
-from fusion.graph import Value
 from fusion.layout import Layout
+from fusion.models.graph import Value
 
 Atom = Hashable
 Factors = tuple[tuple[Atom, float], ...]

@@ -18,14 +18,14 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
 from fusion.api import Place, optimize, why
-from fusion.compare import Comparison, compare, epsilon, is_float
-from fusion.draw import Draw
 from fusion.errors import ModelError
-from fusion.found import GAIN
-from fusion.instance import Instance, draw_instance
+from fusion.instances.instance import Instance, draw_instance
+from fusion.instances.mutate import Mutant, mutants_of
 from fusion.language import Pattern
-from fusion.mutate import Mutant, mutants_of
-from fusion.runtime import Refused, Session
+from fusion.laws.draw import Draw
+from fusion.verifying.compare import Comparison, compare, epsilon, is_float
+from fusion.verifying.runtime import Refused, Session
+from fusion.writing.found import GAIN
 
 __all__ = [
     "Checked", "Draw", "Instance", "Mutant", "check_instance", "check_mutant", "draw_instance", "instances", "mutants",

@@ -6,9 +6,9 @@ from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
-from fusion.graph import Graph, Node, Value
 from fusion.laws import clamps, contraction, noise, normalization, pieces, powers, reduction, ring, softmax
 from fusion.layout import Layout
+from fusion.models.graph import Graph, Node, Value
 from fusion.terms import Prod, Ref, leaf, number
 
 Normalise = Callable[[Node, Ref, "View"], "Prod | None"]

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fusion import plan as p
+from fusion.instances.spell import Speller
 from fusion.laws import guards
 from fusion.layout import Layout
 from fusion.schema import axes
-from fusion.spell import Speller
 from fusion.terms import Contract, Group, Prod, Reduce, Ref, Sum
 from fusion.view import View
 

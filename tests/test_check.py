@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from fusion import wire
 from fusion.errors import ModelError
-from fusion.model import load, save
+from fusion.models import wire
+from fusion.models.model import load, save
 
 FLOAT = TensorProto.FLOAT
 GOOD = Path(__file__).parent / "models" / "distilbert__ts11_eager.onnx"

@@ -14,15 +14,15 @@ from onnx import ModelProto, TensorProto, helper, parser
 from rich.console import Console
 
 import fusion
-from fusion import cut as cutting
-from fusion.cut import cut
 from fusion.facts import Facts
-from fusion.graph import Graph
 from fusion.language import axes, erf, keep, optional, pattern, rest, scalar, sqrt
-from fusion.model import load
-from fusion.rewrite import Rewriter
-from fusion.runtime import Session
+from fusion.models.graph import Graph
+from fusion.models.model import load
 from fusion.targets import target_named
+from fusion.verifying.runtime import Session
+from fusion.writing import cut as cutting
+from fusion.writing.cut import cut
+from fusion.writing.rewrite import Rewriter
 
 MODELS = Path(__file__).parent / "models"
 EXPORTS = sorted(path.stem for path in MODELS.glob("*.onnx"))

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusion.compare import compare, epsilon, is_float, tolerance, worse
+from fusion.verifying.compare import compare, epsilon, is_float, tolerance, worse
 
 
 def normal(*shape: int, dtype: str = "float32") -> np.ndarray:

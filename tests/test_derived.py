@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto
 
 from fusion.api import library, optimize
-from fusion.instance import text_of
+from fusion.instances.instance import text_of
 from fusion.language import axes, erf, keep, mean, optional, pattern, rest, scalar, softmax, sqrt, tanh
 from fusion.targets import target_named
 from fusion.testing import Draw, check_instance, check_mutant, draw_instance, instances, mutants

@@ -13,7 +13,7 @@ import pytest
 from onnx import ModelProto, NodeProto, helper, numpy_helper, parser
 from rich.console import Console
 
-from fusion.diff import Diff, diff
+from fusion.diffing.diff import Diff, diff
 from fusion.errors import ModelError, OutputError
 
 MODELS = Path(__file__).parent / "models"

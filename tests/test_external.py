@@ -12,7 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from fusion.errors import ModelError, OutputError
-from fusion.model import Model, load, save
+from fusion.models.model import Model, load, save
 
 FLOAT = TensorProto.FLOAT
 SHAPE = [32, 32]
@@ -200,7 +200,7 @@ def test_a_failure_leaves_no_data_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fusion.store.write", full)
+    monkeypatch.setattr("fusion.models.store.write", full)
     with pytest.raises(OutputError, match="No space left"):
         save(load(source), tmp_path / "out" / "new.onnx")
     assert list((tmp_path / "out").iterdir()) == []
@@ -261,11 +261,11 @@ def test_a_model_that_outgrows_protobuf_puts_its_new_weights_outside(
     proto = model(location="w.bin")
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(VALUES, "w"))
     (tmp_path / "in.onnx").write_bytes(proto.SerializeToString())
-    monkeypatch.setattr("fusion.output.LARGEST", 8000)  # 4 KB of weights and 8 KB of new ones
+    monkeypatch.setattr("fusion.models.output.LARGEST", 8000)  # 4 KB of weights and 8 KB of new ones
     save(deriving(tmp_path / "in.onnx"), tmp_path / "out.onnx")
     assert names(tmp_path) == ["in.onnx", "out.onnx", "out.onnx.fused.data"]
     assert np.array_equal(derived(tmp_path / "out.onnx"), np.hstack([VALUES, VALUES]))
-    monkeypatch.setattr("fusion.output.LARGEST", 3000)
+    monkeypatch.setattr("fusion.models.output.LARGEST", 3000)
     with pytest.raises(OutputError, match="protobuf stops at 2 GB"):
         save(deriving(tmp_path / "in.onnx"), tmp_path / "larger.onnx")
     assert "larger" not in "".join(names(tmp_path))

@@ -8,9 +8,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fusion.dims import broadcast, maximum, minimum, symbol, tail
 from fusion.facts import Facts, IntTensor
-from fusion.graph import Graph
 from fusion.layout import Layout
-from fusion.model import load
+from fusion.models.graph import Graph
+from fusion.models.model import load
 
 B, S, T, P = (symbol(name) for name in "BSTP")
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL

@@ -21,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fusion.dims import Poly, atom_of, evaluate, symbol, symbols
 from fusion.facts import Facts
-from fusion.graph import Graph, Value
-from fusion.model import load
+from fusion.models.graph import Graph, Value
+from fusion.models.model import load
 
 ort = pytest.importorskip("onnxruntime")
 

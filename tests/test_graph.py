@@ -8,8 +8,8 @@ from building import BOOL, FLOAT, Build, same, well_formed
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from fusion.errors import ModelError
-from fusion.graph import Graph
-from fusion.model import load
+from fusion.models.graph import Graph
+from fusion.models.model import load
 
 
 def graph_of(model) -> Graph:

@@ -12,17 +12,17 @@ from law_reference import evaluate, frozen, of_graph, of_term
 from onnx import TensorProto, helper
 
 from fusion import plan as p
-from fusion.compare import compare
-from fusion.draw import Draw
 from fusion.facts import Facts
-from fusion.graph import Graph
-from fusion.model import load
-from fusion.runtime import Session
-from fusion.spell import Captures, Given, Speller, atoms, axes_of
-from fusion.spell_layout import arrange
+from fusion.instances.spell import Captures, Given, Speller, atoms, axes_of
+from fusion.laws.arrange import arrange
+from fusion.laws.draw import Draw
+from fusion.laws.writer import Writer
+from fusion.models.graph import Graph
+from fusion.models.model import load
 from fusion.terms import Item, add, leaf, multiply, number, power
+from fusion.verifying.compare import compare
+from fusion.verifying.runtime import Session
 from fusion.view import MERGED, View
-from fusion.writer import Writer
 
 EXAMPLES = int(os.environ.get("FUSION_EXAMPLES", "150"))
 DOUBLE = TensorProto.DOUBLE

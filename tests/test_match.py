@@ -11,13 +11,13 @@ from onnx import helper
 
 import fusion
 from fusion.api import library
-from fusion.explain import STEPS, Explainer
-from fusion.graph import Graph
 from fusion.language import erf, mean, optional, pattern, scalar, sqrt, tanh
-from fusion.match import Matcher
-from fusion.model import load
+from fusion.matching.explain import STEPS, Explainer
+from fusion.matching.match import Matcher
+from fusion.matching.search import Search
+from fusion.models.graph import Graph
+from fusion.models.model import load
 from fusion.plan import plans_of
-from fusion.search import Search
 from fusion.terms import Ref
 from fusion.verdict import Verdict
 

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from fusion import wire
 from fusion.errors import ModelError, OutputError
-from fusion.model import load, save
+from fusion.models import wire
+from fusion.models.model import load, save
 
 MODELS = sorted((Path(__file__).parent / "models").glob("*.onnx"))
 FLOAT = TensorProto.FLOAT
@@ -266,8 +266,8 @@ def test_eliding_and_restoring_is_the_identity(
 
 MEASURE = """
 import resource, sys
-from fusion.model import load, save
-from fusion.graph import Graph
+from fusion.models.model import load, save
+from fusion.models.graph import Graph
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = load(sys.argv[1])
 Graph(model)
@@ -419,7 +419,7 @@ def test_a_failure_leaves_the_destination_as_it_was(tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fusion.store.write", full)
+    monkeypatch.setattr("fusion.models.store.write", full)
     with pytest.raises(OutputError, match=r"out\.onnx cannot be written: No space left on device"):
         save(loaded, tmp_path / "out.onnx")
     assert (tmp_path / "out.onnx").read_text() == "the one before"

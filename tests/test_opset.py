@@ -10,7 +10,7 @@ import pytest
 
 import fusion
 from fusion.errors import TargetError
-from fusion.model import Model
+from fusion.models.model import Model
 
 MODELS = Path(__file__).parent / "models"
 

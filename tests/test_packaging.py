@@ -62,6 +62,19 @@ def test_imports_form_no_circle() -> None:
     assert circles == []
 
 
+PACKAGES = ["models", "facts", "laws", "matching", "writing", "simplify"]
+"""Each leans on those before it; on diffing and instances, which are for people, none does."""
+
+
+def test_packages_lean_on_those_before_them_only() -> None:
+    for place, package in enumerate(PACKAGES):
+        later = [*PACKAGES[place + 1 :], "diffing", "instances"]
+        for name, path in MODULES.items():
+            if name.startswith(f"fusion.{package}."):
+                wrong = {m for m in imports(path) if m.split(".")[1:2] and m.split(".")[1] in later}
+                assert not wrong, f"{path} imports {', '.join(wrong)}"
+
+
 def test_no_engine_module_imports_the_face_of_the_package() -> None:
     """`from fusion import x` inside the engine would make every module depend on the whole of it."""
     for path in ENGINE:
@@ -153,7 +166,7 @@ def test_the_wheel_works_away_from_the_source(tmp_path: Path) -> None:
         pytest.skip(f"no wheel can be built here: {done.stderr.strip().splitlines()[-1:]}")
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import fusion, fusion.patterns, fusion.demo, fusion.diff_page\n"
+        "import fusion, fusion.patterns, fusion.demo, fusion.diffing.page\n"
         "assert fusion.__file__.startswith(sys.path[0]), fusion.__file__\n"
         "assert fusion.patterns.__file__.startswith(sys.path[0]), fusion.patterns.__file__\n"
         "print(len(fusion.patterns.registry()), len(fusion.demo.bert().graph.node))\n"

@@ -7,14 +7,14 @@ import pytest
 from building import INT64, Build, numbers, operators, run, same
 
 import fusion
-from fusion.congruence import same as congruent
 from fusion.errors import PatternError
 from fusion.facts import Facts
-from fusion.graph import Graph
 from fusion.language import concat, join, pattern, pieces
 from fusion.layout import Layout
-from fusion.model import load
-from fusion.parts import appended, joined
+from fusion.matching.congruence import same as congruent
+from fusion.matching.parts import appended, joined
+from fusion.models.graph import Graph
+from fusion.models.model import load
 from fusion.plan import Concat, Join, Piece, Var, plans_of
 from fusion.terms import Ref
 from fusion.view import View

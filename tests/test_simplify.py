@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 import fusion
 from fusion.errors import PatternError
 from fusion.facts import Facts
-from fusion.graph import Graph
-from fusion.model import Model, load
+from fusion.models.graph import Graph
+from fusion.models.model import Model, load
 from fusion.simplify import RULES, Simplifier
 
 INT32 = TensorProto.INT32

@@ -13,9 +13,9 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 from rich.console import Console
 
 from fusion.errors import ModelError
-from fusion.feeds import MASKS, Feeder, declared_inputs
-from fusion.runtime import Session
-from fusion.verify import VerifyReport, compute_precision, verify
+from fusion.verifying.feeds import MASKS, Feeder, declared_inputs
+from fusion.verifying.runtime import Session
+from fusion.verifying.verify import VerifyReport, compute_precision, verify
 
 MODELS = Path(__file__).parent / "models"
 EXPORTS = sorted(path.stem for path in MODELS.glob("*.onnx"))

@@ -17,8 +17,8 @@ from onnx import ValueInfoProto
 from fusion.dims import Bound, Dim, Poly, atom_of, lower, substitute, symbol, weight
 from fusion.facts import constants, dtypes, equalities, numbers, rearrange, shapes, values
 from fusion.facts.integers import IntTensor
-from fusion.graph import Graph, Node, Scope, Value
 from fusion.layout import Layout
+from fusion.models.graph import Graph, Node, Scope, Value
 
 __all__ = ["Facts", "IntTensor"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from fusion.dims import Dim
-from fusion.graph import Node
+from fusion.models.graph import Node
 from fusion.schema import attribute
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 from onnx import AttributeProto, TensorProto, helper
 
 from fusion.errors import ModelError
-from fusion.graph import Graph, Value
+from fusion.models.graph import Graph, Value
 
 SMALL_PAYLOAD = 4096
 """Bytes up to which a payload is read to find facts in it."""

@@ -8,7 +8,7 @@ from fusion.dims import Dim, divide
 from fusion.facts.common import Dims, attribute_int, attribute_ints, input_shape
 from fusion.facts.products import divided, matmul
 from fusion.facts.windows import RULES as WINDOWS
-from fusion.graph import Node
+from fusion.models.graph import Node
 
 if TYPE_CHECKING:
     from fusion.facts import Facts

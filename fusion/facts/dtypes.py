@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from onnx import TensorProto, defs
 
 from fusion.facts import constants
-from fusion.graph import Node, Value
+from fusion.models.graph import Node, Value
 from fusion.schema import attribute
 
 if TYPE_CHECKING:

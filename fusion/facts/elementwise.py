@@ -15,7 +15,7 @@ from onnx import TensorProto
 from fusion.dims import Dim, equal, floordiv, maximum, minimum, product, upper
 from fusion.facts.common import attribute_int
 from fusion.facts.integers import Item, Items, Rule, Shape, input_items, objects
-from fusion.graph import Node
+from fusion.models.graph import Node
 from fusion.schema import axes
 from fusion.verdict import Verdict
 

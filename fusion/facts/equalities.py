@@ -25,7 +25,7 @@ from fusion.dims import (
     weight,
 )
 from fusion.facts.common import attribute_int, input_shape, listed_dims
-from fusion.graph import Node
+from fusion.models.graph import Node
 from fusion.schema import axes
 from fusion.verdict import Verdict
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from fusion.dims import Dim
-from fusion.graph import Node
+from fusion.models.graph import Node
 
 if TYPE_CHECKING:
     from fusion.facts import Facts

@@ -13,7 +13,7 @@ from fusion.dims import lower
 from fusion.facts import constants, values
 from fusion.facts.common import input_number
 from fusion.facts.dtypes import INTEGERS
-from fusion.graph import Node, Value
+from fusion.models.graph import Node, Value
 from fusion.schema import attribute
 
 if TYPE_CHECKING:

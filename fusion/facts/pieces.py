@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fusion.dims import Dim, divide, floordiv, maximum, minimum, tail, upper
 from fusion.facts.common import Dims, attribute_int, attribute_ints, input_shape, listed_dims
-from fusion.graph import Node
+from fusion.models.graph import Node
 from fusion.schema import axes
 
 if TYPE_CHECKING:

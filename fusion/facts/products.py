@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fusion.dims import Dim, broadcast, divide
 from fusion.facts.common import Dims, attribute_int, input_shape
-from fusion.graph import Node
+from fusion.models.graph import Node
 
 if TYPE_CHECKING:
     from fusion.facts import Facts

@@ -10,8 +10,8 @@ from fusion.dims import Dim
 from fusion.facts.common import attribute_int, attribute_ints, listed_dims
 from fusion.facts.pieces import cut, slice_bounds, split_sizes
 from fusion.facts.shapes import squeezed_axes
-from fusion.graph import Node, Value
 from fusion.layout import Layout
+from fusion.models.graph import Node, Value
 from fusion.schema import attribute, axes
 
 if TYPE_CHECKING:

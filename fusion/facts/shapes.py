@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from fusion.dims import Dim, broadcast, divide, floordiv, lower, product
 from fusion.facts import contrib, pieces, products, windows
 from fusion.facts.common import Dims, attribute_int, attribute_ints, input_shape, listed_dims
-from fusion.graph import Node, Value
+from fusion.models.graph import Node, Value
 from fusion.schema import attribute, axes
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from fusion.facts.dtypes import INTEGERS
 from fusion.facts.integers import MOST, IntTensor, Item, Items, Rule, Shape, input_items, objects
 from fusion.facts.pieces import cut, pads, slice_bounds, split_sizes
 from fusion.facts.shapes import shape_range, squeezed_axes
-from fusion.graph import Node, Value
+from fusion.models.graph import Node, Value
 from fusion.schema import attribute, axes
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from fusion.schema import attribute
 from fusion.terms import Clamp, Item, Prod, Ref, add, leaf, multiply, number
 
 if TYPE_CHECKING:
-    from fusion.graph import Node
+    from fusion.instances.spell import Speller
+    from fusion.laws.writer import Written
+    from fusion.models.graph import Node
     from fusion.plan import Op
-    from fusion.spell import Speller
     from fusion.view import View
-    from fusion.writer import Written
 
 OPERATORS = frozenset({"Clip", "HardSigmoid"})
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fusion.dims import Dim, equal
+from fusion.laws.arrange import arrange
 from fusion.schema import attribute
-from fusion.spell_layout import arrange
 from fusion.terms import Contract, Item, Prod, Ref, add, leaf
 from fusion.verdict import Verdict
 
 if TYPE_CHECKING:
-    from fusion.graph import Node
+    from fusion.instances.spell import Speller
+    from fusion.laws.writer import Axes, Group, Written
+    from fusion.models.graph import Node
     from fusion.plan import MatMul
-    from fusion.spell import Speller
     from fusion.terms import Sum
     from fusion.view import View
-    from fusion.writer import Axes, Group, Written
 
 OPERATORS = frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul", "Einsum"})
 

@@ -12,11 +12,11 @@ from onnx import TensorProto
 
 if TYPE_CHECKING:
     from fusion.facts import Facts
-    from fusion.graph import Node, Value
-    from fusion.spell import Beside, Speller
+    from fusion.instances.spell import Beside, Speller
+    from fusion.laws.writer import Written
+    from fusion.models.graph import Node, Value
     from fusion.terms import Ref
     from fusion.view import View
-    from fusion.writer import Written
 
 
 def guarded(node: Node, facts: Facts) -> Value | None:

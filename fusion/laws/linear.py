@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fusion.terms import Ref
 
 if TYPE_CHECKING:
-    from fusion.graph import Node
+    from fusion.models.graph import Node
     from fusion.view import View
 
 OPERATORS = frozenset({"Mul", "Div", "Neg"})

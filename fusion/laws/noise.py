@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from onnx import TensorProto
 
-from fusion.spell_layout import reshape, transpose
+from fusion.laws.arrange import reshape, transpose
 
 if TYPE_CHECKING:
     from fusion.facts import Facts
-    from fusion.graph import Node, Value
-    from fusion.spell import Speller
-    from fusion.writer import Written
+    from fusion.instances.spell import Speller
+    from fusion.laws.writer import Written
+    from fusion.models.graph import Node, Value
 
 FLOATS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
 OPERATORS = frozenset({"Identity", "Dropout", "Cast", "CastLike"})

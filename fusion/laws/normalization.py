@@ -8,8 +8,8 @@ from fusion.schema import attribute
 from fusion.terms import Item, Prod, Reduce, Ref, Sum, add, leaf, multiply, number, power
 
 if TYPE_CHECKING:
-    from fusion.graph import Node, Value
     from fusion.layout import Layout
+    from fusion.models.graph import Node, Value
     from fusion.view import View
 
 OPERATORS = frozenset({"InstanceNormalization"})

@@ -11,18 +11,18 @@ import numpy as np
 
 from fusion import plan as p
 from fusion.dims import Dim
+from fusion.laws.arrange import arrange
 from fusion.layout import Layout
 from fusion.schema import axes
-from fusion.spell_layout import arrange
 from fusion.terms import Factors, Prod, Sum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fusion.facts import Facts
-    from fusion.graph import Node, Value
-    from fusion.spell import Speller
-    from fusion.writer import Group, Written
+    from fusion.instances.spell import Speller
+    from fusion.laws.writer import Group, Written
+    from fusion.models.graph import Node, Value
 
 _FAR = 2**63 - 1
 

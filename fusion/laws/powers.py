@@ -9,10 +9,10 @@ from onnx import TensorProto
 from fusion.terms import Prod, Ref, power
 
 if TYPE_CHECKING:
-    from fusion.graph import Node
-    from fusion.spell import Speller
+    from fusion.instances.spell import Speller
+    from fusion.laws.writer import Written
+    from fusion.models.graph import Node
     from fusion.view import View
-    from fusion.writer import Written
 
 EXPONENT = {"Sqrt": 0.5, "Reciprocal": -1.0}
 OPERATORS = frozenset({*EXPONENT, "Pow"})

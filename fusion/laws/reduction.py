@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from fusion.dims import product
 from fusion.laws import powers
+from fusion.laws.arrange import arrange, ones
 from fusion.schema import attribute, axes
-from fusion.spell_layout import arrange, ones
 from fusion.terms import Prod, Reduce, Ref, leaf, multiply, number, power
 
 if TYPE_CHECKING:
-    from fusion.graph import Node
+    from fusion.instances.spell import Speller
+    from fusion.laws.writer import Axes, Written
+    from fusion.models.graph import Node
     from fusion.plan import Mean
-    from fusion.spell import Speller
     from fusion.view import View
-    from fusion.writer import Axes, Written
 
 COUNTED = frozenset({"ReduceSum", "ReduceSumSquare", "ReduceL2"})
 """Reductions that are a mean times a number."""

@@ -8,10 +8,10 @@ from fusion.laws import contraction, guards, powers
 from fusion.terms import Atom, Item, Prod, Ref, Sum, add, leaf, multiply, number, power
 
 if TYPE_CHECKING:
-    from fusion.graph import Node
-    from fusion.spell import Speller
+    from fusion.instances.spell import Speller
+    from fusion.laws.writer import Written
+    from fusion.models.graph import Node
     from fusion.view import View
-    from fusion.writer import Written
 
     Token: TypeAlias = tuple[Written | float, bool]
     """An operand, and whether it is divided by, or subtracted."""

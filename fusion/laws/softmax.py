@@ -6,17 +6,17 @@ import math
 from typing import TYPE_CHECKING
 
 from fusion.laws import guards, reduction, ring
-from fusion.spell_layout import arrange
+from fusion.laws.arrange import arrange
 from fusion.terms import Atom, Prod, Reduce, Ref, Sum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fusion import plan as p
-    from fusion.graph import Node
-    from fusion.spell import Speller
+    from fusion.instances.spell import Speller
+    from fusion.laws.writer import Written
+    from fusion.models.graph import Node
     from fusion.view import View
-    from fusion.writer import Written
 
 OPERATORS = ring.PRODUCTS
 """Operators that may compute such a quotient."""

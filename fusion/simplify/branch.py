@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import TensorProto
 
-from fusion.graph import Graph, Node, Value
+from fusion.models.graph import Graph, Node, Value
 from fusion.simplify.edits import Editor, write_name
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from fusion.facts import Facts, rearrange
 from fusion.facts.common import attribute_ints
-from fusion.graph import Node, Value
 from fusion.layout import Layout
+from fusion.models.graph import Node, Value
 from fusion.schema import axes
 from fusion.simplify.edits import Editor
 from fusion.simplify.identity import is_lossless

@@ -12,7 +12,7 @@ from collections.abc import Hashable
 from onnx import AttributeProto, TensorProto, helper
 
 from fusion.facts import Facts, constants
-from fusion.graph import Node, Value
+from fusion.models.graph import Node, Value
 from fusion.schema import defaults
 from fusion.simplify.purity import feeds_quantisation
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusion.graph import Node, Scope, Value
+from fusion.models.graph import Node, Scope, Value
 from fusion.simplify.edits import Editor
 
 

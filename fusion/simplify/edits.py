@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from onnx import FunctionProto, NodeProto, TensorProto, numpy_helper
 
-from fusion.apply import PATTERN, REPLACED
 from fusion.facts import Facts
-from fusion.graph import Graph, Node, Scope, Value
-from fusion.outcome import Rewritten
+from fusion.models.graph import Graph, Node, Scope, Value
 from fusion.simplify.purity import Removable
+from fusion.writing.apply import PATTERN, REPLACED
+from fusion.writing.outcome import Rewritten
 
 Array = np.ndarray[Any, Any]
 

@@ -16,8 +16,8 @@ from onnx import helper, numpy_helper
 from fusion.facts import Facts, constants, rearrange
 from fusion.facts.integers import IntTensor
 from fusion.facts.values import RULES as INTEGER_RULES
-from fusion.graph import Node, Value
 from fusion.layout import Layout
+from fusion.models.graph import Node, Value
 from fusion.schema import axes
 from fusion.simplify.edits import Editor
 from fusion.simplify.purity import feeds_quantisation, is_quantisation

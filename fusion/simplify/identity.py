@@ -11,7 +11,7 @@ from fusion.dims import equal
 from fusion.facts import Facts, constants, rearrange
 from fusion.facts.dtypes import INTEGERS
 from fusion.facts.pieces import pads
-from fusion.graph import Node, Value
+from fusion.models.graph import Node, Value
 from fusion.schema import attribute
 from fusion.verdict import Verdict
 

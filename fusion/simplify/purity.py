@@ -6,7 +6,7 @@ is structure that later tools look for: neither it nor what feeds it is touched.
 
 from __future__ import annotations
 
-from fusion.graph import Graph, Node, Scope, Value
+from fusion.models.graph import Graph, Node, Scope, Value
 
 KNOWN = frozenset({"", "ai.onnx.ml", "com.microsoft"})
 """Domains whose operators do nothing but compute their outputs."""

@@ -12,12 +12,12 @@ from typing import TypeAlias
 from onnx import TensorProto, numpy_helper
 
 from fusion.facts import Facts, constants
-from fusion.graph import Graph, Node, Scope, Value
-from fusion.graph import _in_order as in_order
-from fusion.outcome import Rewritten
+from fusion.models.graph import Graph, Node, Scope, Value
+from fusion.models.graph import _in_order as in_order
 from fusion.simplify import branch, collapse, common, dead, folding, identity, sizes
 from fusion.simplify.edits import Editor
 from fusion.simplify.purity import is_mergeable
+from fusion.writing.outcome import Rewritten
 
 PASSES = 8
 """Upper bound of the repetitions; the third rarely finds anything."""

@@ -14,7 +14,7 @@ from fusion.dims import Dim, lower
 from fusion.facts import Facts
 from fusion.facts.common import attribute_int, listed_dims
 from fusion.facts.pieces import cut, slice_bounds
-from fusion.graph import Node
+from fusion.models.graph import Node
 from fusion.simplify.edits import Editor
 
 INTEGERS: dict[int | None, type[np.int64] | type[np.int32]] = {TensorProto.INT64: np.int64, TensorProto.INT32: np.int32}

@@ -1,0 +1,1 @@
+"""Diffing: what differs between two models, in their structure."""

@@ -1,0 +1,1 @@
+"""Matching: a plan against the values of a graph, and what keeps it from being there."""

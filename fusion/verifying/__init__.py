@@ -1,0 +1,1 @@
+"""Verifying: the same inputs through two models."""

@@ -1,0 +1,1 @@
+"""Writing: what a match becomes, where its inputs lie, and the edit."""
