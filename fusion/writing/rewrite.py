@@ -77,7 +77,7 @@ class Rewriter:
             seconds["rewrite"] += time.perf_counter() - found
             if made:
                 dirty, plans = _around(made), self._affected(made)
-            elif not learned and search.leaves_attention():
+            elif lacking or (not learned and search.leaves_attention()):
                 learned, dirty, plans = True, None, first
                 started = time.perf_counter()
                 search.learn()
