@@ -59,6 +59,11 @@ class Schema:
     mixed: bool = False  # and with types of its own, as Loop's does
     defaults: Mapping[str, bytes] = field(default_factory=dict)  # attribute → serialized AttributeProto
     needed: Mapping[str, str] = field(default_factory=dict)  # attributes that must be given → their type
+    optional: frozenset[str] | None = None  # further attributes; None: nobody knows which there are
+
+    def takes(self, attribute: str) -> bool:
+        """Whether the operator may have the attribute."""
+        return self.optional is None or attribute in self.optional | self.defaults.keys() | self.needed.keys()
 
     def parameter(self, slot: int) -> tuple[str, str] | None:
         """Name and type of the formal parameter of an input slot, None where there is none."""
@@ -234,6 +239,7 @@ class Snapshot(Registry):
                 "outputs": [(name, kind) for name, kind in fields["outputs"]],
                 "types": self._named(fields["types"]),
                 "defaults": {name: bytes.fromhex(value) for name, value in fields.get("defaults", {}).items()},
+                "optional": frozenset(fields.get("optional", ())),
             }
             yield Schema(int(since), **{**fields, **read})
 
@@ -393,4 +399,5 @@ def _converted(schema: Any) -> Schema:
         mixed=last is not None and not getattr(last, "is_homogeneous", getattr(last, "isHomogeneous", True)),
         defaults=defaults,
         needed={k: a.type.name for k, a in schema.attributes.items() if a.required and k not in defaults},
+        optional=frozenset(k for k, a in schema.attributes.items() if not a.required and k not in defaults),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -50,7 +50,13 @@ class Target:
         return self._registry().newest_opset
 
     def refuses(
-        self, op: str, domain: str, opset: int, inputs: Sequence[int | None], output: int | None = None
+        self,
+        op: str,
+        domain: str,
+        opset: int,
+        inputs: Sequence[int | None],
+        output: int | None = None,
+        attributes: Iterable[str] = (),
     ) -> str | None:
         """Return why a node would not run, in one sentence; None where it does.
 
@@ -59,8 +65,18 @@ class Target:
             opset: the version of `domain` that the model imports.
             inputs: element type per input slot (TensorProto.DataType), None where it is left out or not known.
             output: element type of the first output, None where it is not known.
+            attributes: names of those that are given.
         """
+        schema = self._registry().schema(op, domain, opset)
+        unknown = [name for name in attributes if schema is not None and not schema.takes(name)]
+        if unknown:
+            return f"{op} of {self._registry().label} has no attribute {', '.join(unknown)}"
         return _decide(self._registry(), self.provider, op, domain, opset, tuple(inputs), output)[1]
+
+    def results(self, op: str, domain: str, opset: int) -> int:
+        """Return how many outputs a node must have, read or not; 0 where the operator is unknown."""
+        schema = self._registry().schema(op, domain, opset)
+        return 0 if schema is None else schema.results
 
     def route(
         self, op: str, domain: str, opset: int, inputs: Sequence[int | None], output: int | None = None

@@ -107,6 +107,37 @@ def _multi_head(found, op, past=()):
     return op.guarded(attended), *present[: len(past)]
 
 
+def _grouped(found, op, past=()):
+    """GroupQueryAttention: heads of keys and values that several of queries read, as they are.
+
+    Without a cache it is causal or not; behind one it is causal, and told how many of the queries are new.
+    """
+    cap = getattr(found, "cap", None)
+    scale = found.scale if cap is None else found.scale * cap
+    found.require(scale != 0.0, "the kernel reads a scale of 0 as none given")
+    found.require_one_dtype()
+    caches = zip(past, ("B H T D", "B H T E"), strict=False)
+    shared, (k, v, *caches) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"), *caches)
+    heads = {"num_heads": found.size("H"), "kv_num_heads": shared, "scale": scale}
+    found.require(cap is not None or shared < heads["num_heads"], "all heads have keys of their own", kind="gain")
+    (batch, queries, width), (_, new, _) = found.q.shape, found.k.shape
+    found.require(found.k.shape[2] == found.v.shape[2], "the kernel takes keys and values of one size")
+    found.require(new == queries, "the kernel takes as many new keys as queries")
+    found.require(width % (8 * heads["num_heads"]) == 0, "the kernel takes head sizes that are multiples of 8")
+    bias, flags = _masks(found, op, "causal", past)
+    found.require(bool(flags) or not past, "behind a cache the kernel is causal, and nothing else is proved")
+    if cap is not None:
+        heads["softcap"] = abs(cap)
+    if not flags:
+        heads["causal"] = 0
+    keys = new + (past[0].shape[1] if past else 0)
+    lengths = op.filled(keys - 1, batch), op.filled(keys, 1)
+    rest = (None, None, None, bias, *(None,) * 5, op.filled(queries, batch) if past else None)
+    operands = (_queries(found, op), k, v, *(caches or (None, None)), *lengths, *rest)
+    attended, *present = op.microsoft.GroupQueryAttention(*operands, outputs=3, **heads)
+    return op.guarded(attended), *present[: len(past)]
+
+
 @capped_attention.emit("onnx")
 @multi_head_attention.emit("onnx")
 def _(found, op):
@@ -125,6 +156,16 @@ def _(found, op):
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
     return _standard(found, op, hidden_rows=False)
+
+
+@capped_attention.emit("ort-cpu")
+@multi_head_attention.emit("ort-cpu")
+def _(found, op):
+    return _grouped(found, op, _cache(op, shared="H"))
+
+
+multi_head_attention.emit("ort-cpu")(_grouped)
+capped_attention.emit("ort-cpu")(_grouped)
 
 
 @multi_head_attention.emit("ort-cpu")

@@ -466,7 +466,7 @@ def test_a_real_export_is_fused_as_often_as_its_modules_were_called(optimized, n
         if attribute.name == "alpha"
     ]
     counted = {
-        "attention": found["Attention"] + found["MultiHeadAttention"],
+        "attention": found["Attention"] + found["MultiHeadAttention"] + found["GroupQueryAttention"],
         "layernorm": found["LayerNormalization"] + found["SkipLayerNormalization"],
         "rmsnorm": found["SimplifiedLayerNormalization"]
         + found["RMSNormalization"]

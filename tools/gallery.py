@@ -18,6 +18,7 @@ from onnx import TensorProto
 from fusion import registry
 from fusion.api import library
 from fusion.language import Capture, Pattern
+from fusion.registry import Schema
 from fusion.targets import Target, target_named
 
 FOLDER = Path(__file__).parents[1] / "docs" / "gallery"
@@ -83,11 +84,22 @@ def _need(name: str, target: str) -> str:
     aim = Target(target, target_named(target).provider, lambda: known)
     versions, standard = known.versions(op, domain), registry.standard().versions(op, domain)
     since = min(set(versions) & set(standard), default=min(versions))
-    inputs = max(versions[since].required, 1)
-    types = [short for short, kind in TYPES.items() if aim.route(op, domain, since, [kind] * inputs) == "kernel"]
+    types = [
+        short
+        for short, kind in TYPES.items()
+        if any(_has_kernel(aim, op, domain, schema, kind) for schema in versions.values() if schema.since >= since)
+    ]
     words = [f"from {since}"] if standard else []
     words += [", ".join(types) or "no kernel"] if target != "onnx" else []
     return f"`{name}`" + (f" ({'; '.join(words)})" if words else "")
+
+
+def _has_kernel(target: Target, op: str, domain: str, schema: Schema, kind: int) -> bool:
+    """Whether there is a kernel for inputs of an element type, those that must have another one apart."""
+    name = registry.type_name(kind)
+    variables = [variable for _, variable in schema.inputs[: max(schema.required, 1)]]
+    asked = [kind if name in schema.types.get(variable, ()) else None for variable in variables]
+    return any(asked) and target.route(op, domain, schema.since, asked) == "kernel"
 
 
 def _section(pattern: Pattern) -> str:

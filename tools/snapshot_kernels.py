@@ -84,6 +84,8 @@ def _schema(schema: Schema, types: Types) -> dict[str, Any]:
         fields["defaults"] = {name: value.hex() for name, value in sorted(schema.defaults.items())}
     if schema.needed:
         fields["needed"] = dict(sorted(schema.needed.items()))
+    if schema.optional:
+        fields["optional"] = sorted(schema.optional)
     return fields
 
 

@@ -45,12 +45,13 @@ class _Application:
                 told.append(self._add(new, inputs, list(new.asking.outputs), new.asking, name))
                 continue
             outputs: list[str | Value | None] = []
-            for output in new.outputs:
+            for slot, output in enumerate(new.outputs):
                 target = targets.get(id(output))
-                if target is not None:
-                    outputs.append(target if target is found.root or found.is_read(target) else None)
+                if target is not None and (target is found.root or found.is_read(target)):
+                    outputs.append(target)
                 else:
-                    outputs.append(self.graph.fresh(f"{found.root.name}_{new.op}") if id(output) in read else None)
+                    named = slot < new.least or (target is None and id(output) in read)
+                    outputs.append(self.graph.fresh(f"{found.root.name}_{new.op}") if named else None)
             name = self.graph.fresh(f"{found.plan.pattern.name}_{found.root.name}")
             node = self._add(new, inputs, outputs, at, name)
             for output, value in zip(new.outputs, node.outputs, strict=True):

@@ -27,7 +27,7 @@ from fusion.writing.cache import split_cache
 from fusion.writing.found import Captured, Found, New, NewNode, Operand, Unmet
 from fusion.writing.packed import packed
 from fusion.writing.place import nearest, place, rearranged, standing
-from fusion.writing.sizes import int64, item_of, sizes
+from fusion.writing.sizes import filled, int64, item_of, sizes
 
 MICROSOFT = "com.microsoft"
 
@@ -73,11 +73,12 @@ class Builder:
         version = 1 if node.domain else self._found.opset
         dtypes = [self._dtype(operand) for operand in node.inputs]
         asked = (node.op, node.domain, version, dtypes, node.outputs[0].dtype)
-        reason = self._target.refuses(*asked)
+        reason = self._target.refuses(*asked, attributes=node.attributes)
         if reason is None and TensorProto.DOUBLE in dtypes and self._target.route(*asked) == "expanded":
             reason = f"{node.op} has no kernel for double: it would be computed in float"
         if reason is not None:
             raise Unmet(reason, kind="kernel", place=self._found.root.name)
+        node.least = self._target.results(node.op, node.domain, version)
         self.nodes.append(node)
 
     def _dtype(self, operand: Operand) -> int | None:
@@ -368,6 +369,10 @@ class Builder:
     def sizes(self, dims: tuple[Dim, ...], have: tuple[Dim, ...], *, copy: bool) -> New:
         """A shape tensor; sizes that are no numbers are read off the captures."""
         return sizes(self, self._found, dims, have, copy)
+
+    def filled(self, number: Dim, count: Dim) -> New:
+        """A size again and again, (count,), as int32: lengths of sequences, as kernels take them."""
+        return filled(self, self._found, number, count)
 
     def tell_sizes(self) -> None:
         """Let who asks for the sizes of a value that goes, or that is computed later now, read them off captures.

@@ -61,6 +61,7 @@ class NewNode:
     Attributes:
         shared: whether later matches may use it too: it is made early.
         asking: the Shape node that it, or what reads it, stands for: it is made before that.
+        least: how many outputs it must have, read or not.
     """
 
     op: str
@@ -70,6 +71,7 @@ class NewNode:
     attributes: dict[str, object]
     shared: bool = False
     asking: Node | None = None
+    least: int = 0
 
 
 @dataclass(eq=False)

@@ -36,12 +36,24 @@ def item_of(op: Builder, found: Found, item: Dim, at: Node) -> New:
     return op.constant(int64([item]), "size") if isinstance(item, int) else _size(op, found, item, at)
 
 
+def filled(op: Builder, found: Found, number: Dim, count: Dim) -> New:
+    """See `Builder.filled`."""
+    if isinstance(number, int) and isinstance(count, int):
+        return op.constant(np.full(count, number, np.int32), "lengths")
+    size = item_of(op, found, number, found.node)
+    size = op.shared("Cast", [size], (1,), dtype=TensorProto.INT32, to=TensorProto.INT32)
+    return size if count == 1 else op.shared("Expand", [size, item_of(op, found, count, found.node)], (count,))
+
+
 def _size(op: Builder, found: Found, dim: Dim, at: Node) -> New:
-    """Read off a capture or input from before `at` that has the size or a multiple of it, or made of such sizes."""
+    """Read off an input or capture from before `at` that has the size or a multiple of it, or made of such sizes.
+
+    Inputs come first: what one match reads off them, others do too.
+    """
     facts, main = found.facts, found.facts.graph.main
     multiples = [
         (often, source, axis)
-        for source in (*sources(found.state), *(main.values[given.name] for given in main.proto.input))
+        for source in (*(main.values[given.name] for given in main.proto.input), *sources(found.state))
         for axis, own in enumerate(facts.shape(source) or ())
         if isinstance(often := divide(own, dim), int) and often and before(source, at)
     ]
@@ -52,12 +64,12 @@ def _size(op: Builder, found: Found, dim: Dim, at: Node) -> New:
         size = op.shared("Gather", [shape, index], (1,), dtype=TensorProto.INT64, axis=0)
         return size if often == 1 else op.shared("Div", [size, op.constant(int64([often]), "size")], (1,))
     parts = terms(dim)
-    if parts == [(1, (dim,))] or any(factor < 1 or len(atoms) > 1 for factor, atoms in parts):
+    if parts == [(1, (dim,))] or any(len(atoms) > 1 for _, atoms in parts):
         raise op.unmet(f"the size {dim} cannot be read off any capture or input", found.root)
     summands: list[New] = []
     for factor, atoms in parts:
         factors = [item_of(op, found, part, at) for part in atoms]
-        if factor > 1 or not atoms:
+        if factor != 1 or not atoms:
             factors.append(item_of(op, found, factor, at))
         summands.append(reduce(lambda some, more: op.shared("Mul", [some, more], (1,)), factors))
     return reduce(lambda some, more: op.shared("Add", [some, more], (1,)), summands)
