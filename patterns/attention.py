@@ -121,9 +121,11 @@ def _grouped(found, op, past=()):
     heads = {"num_heads": found.size("H"), "kv_num_heads": shared, "scale": scale}
     found.require(cap is not None or shared < heads["num_heads"], "all heads have keys of their own", kind="gain")
     (batch, queries, width), (_, new, _) = found.q.shape, found.k.shape
-    found.require(found.k.shape[2] == found.v.shape[2], "the kernel takes keys and values of one size")
-    found.require(new == queries, "the kernel takes as many new keys as queries")
-    found.require(width % (8 * heads["num_heads"]) == 0, "the kernel takes head sizes that are multiples of 8")
+    alike = found.k.shape[2] == found.v.shape[2]
+    found.require(alike, "the kernel takes keys and values of one size", kind="kernel")
+    found.require(new == queries, "the kernel takes as many new keys as queries", kind="kernel")
+    eights = width % (8 * heads["num_heads"]) == 0
+    found.require(eights, "the kernel takes head sizes that are multiples of 8", kind="kernel")
     bias, flags = _masks(found, op, "causal", past)
     found.require(bool(flags) or not past, "behind a cache the kernel is causal, and nothing else is proved")
     if cap is not None:

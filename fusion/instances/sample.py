@@ -87,8 +87,9 @@ def draw_sizes(plan: Plan, draw: Draw) -> Sizes:
             traps.append(f"{name} is two axes")
     sums = _sums(plan)
     own = [label for name in names if name not in same and name not in sums for label in letters[name]]
-    kind = draw.choose("distinct", "square", "one")
-    labels = {label: 4 if kind == "square" else PRIMES[index % len(PRIMES)] for index, label in enumerate(own)}
+    kind = draw.choose("square", "distinct", "one")
+    side = draw.choose(8, 4) if kind == "square" else 0  # some kernels want multiples of 8
+    labels = {label: side or PRIMES[index % len(PRIMES)] for index, label in enumerate(own)}
     # A parameter of one element is a number: what it is multiplied or added to has no such capture.
     numbers = {
         letters_of(capture.dims or ())[0]
