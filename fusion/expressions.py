@@ -175,16 +175,23 @@ def mean(x: Any, over: str | None = None) -> Any:
     return np.mean(x, axis=tuple(range(-max(1, len(letters)), 0)), keepdims=True)
 
 
-def softmax(x: Any, over: str | None = None) -> Any:
-    """exp(x) / sum(exp(x)) over one letter (the last one)."""
+def softmax(x: Any, over: str | None = None, beside: Any = None) -> Any:
+    """exp(x) / sum(exp(x)) over one letter (the last one).
+
+    With `beside`, exp(x) / (exp(beside) + sum(exp(x))): one more number along that letter, whose share is left out.
+    """
     if isinstance(x, Expr):
         dims = x.dims or ()
         letter = over or (dims[-1] if dims else "")
         if letter not in dims or letter == ELLIPSIS:
             raise misuse(f"softmax over {letter!r}, which is no letter of {spell_axes(dims)}")
-        return Expr("softmax", (x,), dims, letters=(letter,))
-    e = np.exp(x - np.max(x, axis=-1, keepdims=True))
-    return e / np.sum(e, axis=-1, keepdims=True)
+        if beside is not None and not set(beside.dims or ()) <= set(dims) - {letter}:
+            raise misuse(f"beside a softmax over {letter!r} stands {spell_axes(beside.dims or ())}")
+        return Expr("softmax", (x,) if beside is None else (x, beside), dims, letters=(letter,))
+    most = np.max(x, axis=-1, keepdims=True)
+    most = most if beside is None else np.maximum(most, beside)
+    e = np.exp(x - most)
+    return e / (np.sum(e, axis=-1, keepdims=True) + (0 if beside is None else np.exp(beside - most)))
 
 
 def axes(x: Any, spec: str) -> Any:

@@ -47,10 +47,11 @@ class Mean(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """A softmax over a letter."""
+    """A softmax over a letter; with `beside`, one number more takes its share and is left out."""
 
     child: Prod
     letters: tuple[str, ...]
+    beside: Prod | None = None
 
 
 class MatMul(NamedTuple):
@@ -102,6 +103,7 @@ SPELLINGS: Mapping[str, frozenset[str]] = {
     "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
     "concat": frozenset({"Concat"}),
+    "part": frozenset({"Slice", "Split"}),
     "Clamp": frozenset({"Clip", "HardSigmoid"}),
 }
 """Operators that may spell a part of a formula."""
@@ -273,7 +275,8 @@ class _Builder:
         if expr.kind == "reduce":
             return leaf(Mean(self.factor(args[0], frame), letters))
         if expr.kind == "softmax":
-            return leaf(Softmax(self.factor(args[0], frame), letters))
+            terms = [self.factor(arg, frame) for arg in args]
+            return leaf(Softmax(terms[0], letters, *terms[1:]))
         if expr.kind == "matmul":
             return leaf(MatMul(self.factor(args[0], frame), self.factor(args[1], frame), letters))
         if expr.kind in ("axes", "keep"):
@@ -363,8 +366,10 @@ def children(atom: Atom) -> Iterator[Prod]:
     elif isinstance(atom, Sum):
         for item in atom.items:
             yield Prod(item.coef, item.factors)
-    elif isinstance(atom, Op | Mean | Softmax | Kept):
+    elif isinstance(atom, Op | Mean | Kept):
         yield atom.child
+    elif isinstance(atom, Softmax):
+        yield from (term for term in (atom.child, atom.beside) if term is not None)
     elif isinstance(atom, MatMul):
         yield atom.left
         yield atom.right
@@ -395,6 +400,7 @@ def _height(term: Prod) -> int:
     tallest = 0
     for atom, _ in term.factors:
         own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Join | Concat | Fused) else 0
+        own += 2 if isinstance(atom, Softmax) and atom.beside is not None else 0  # what puts it there, and cuts it off
         tallest = max([tallest, own, *(own + _height(child) for child in children(atom))])
     return tallest
 
@@ -412,6 +418,9 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
                 yield SPELLINGS["mean"]
             elif isinstance(atom, Softmax):
                 yield SPELLINGS["softmax"]
+                if atom.beside is not None:
+                    yield SPELLINGS["concat"]
+                    yield SPELLINGS["part"]
             elif isinstance(atom, MatMul):
                 yield SPELLINGS["matmul"]
             elif isinstance(atom, Join | Concat):

@@ -42,6 +42,22 @@ def capped_attention(q, k, v, factor, bias, scale, cap):
 
 
 @pattern(
+    q="B S (H D)", k="B T (H|1 D)", v="B T (H|1 E)",
+    factor=optional("B|1 H|1 S|1"), sink="H", bias=rest("B H S T"), scale=scalar(),
+)  # fmt: skip
+def sink_attention(q, k, v, factor, sink, bias, scale):
+    """Attention over heads, each with a learned score beside those of the keys (OpenAI 2025, gpt-oss, section 2.2).
+
+    It takes its share of the softmax and has no value: a head may attend to nothing.
+    """
+    q, k = axes(q, "B S (H D) -> B H S D"), axes(k, "B T (H D) -> B H D T")
+    v, factor = axes(v, "B T (H E) -> B H T E"), axes(factor, "B H S -> B H S 1")
+    scores = scale * factor * (q @ k)
+    weights = softmax(scores + bias, beside=axes(sink, "H -> H 1 1"))
+    return axes(weights @ v, "B H S E -> B S (H E)")
+
+
+@pattern(
     x="B S C",
     wq="C (H D)", wk="C (H D)", wv="C (H E)",
     bq=optional("(H D)"), bk=optional("(H D)"), bv=optional("(H E)"),
@@ -112,14 +128,15 @@ def _grouped(found, op, past=()):
 
     Without a cache it is causal or not; behind one it is causal, and told how many of the queries are new.
     """
-    cap = getattr(found, "cap", None)
+    cap, sink = getattr(found, "cap", None), getattr(found, "sink", None)
     scale = found.scale if cap is None else found.scale * cap
     found.require(scale != 0.0, "the kernel reads a scale of 0 as none given")
     found.require_one_dtype()
     caches = zip(past, ("B H T D", "B H T E"), strict=False)
     shared, (k, v, *caches) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"), *caches)
     heads = {"num_heads": found.size("H"), "kv_num_heads": shared, "scale": scale}
-    found.require(cap is not None or shared < heads["num_heads"], "all heads have keys of their own", kind="gain")
+    alone = shared == heads["num_heads"] and cap is None and sink is None
+    found.require(not alone, "all heads have keys of their own", kind="gain")
     (batch, queries, width), (_, new, _) = found.q.shape, found.k.shape
     alike = found.k.shape[2] == found.v.shape[2]
     found.require(alike, "the kernel takes keys and values of one size", kind="kernel")
@@ -134,7 +151,7 @@ def _grouped(found, op, past=()):
         heads["causal"] = 0
     keys = new + (past[0].shape[1] if past else 0)
     lengths = op.filled(keys - 1, batch), op.filled(keys, 1)
-    rest = (None, None, None, bias, *(None,) * 5, op.filled(queries, batch) if past else None)
+    rest = (*(None,) * 3, bias, op.arranged(sink), *(None,) * 4, op.filled(queries, batch) if past else None)
     operands = (_queries(found, op), k, v, *(caches or (None, None)), *lengths, *rest)
     attended, *present = op.microsoft.GroupQueryAttention(*operands, outputs=3, **heads)
     return op.guarded(attended), *present[: len(past)]
@@ -160,14 +177,15 @@ def _(found, op):
     return _standard(found, op, hidden_rows=False)
 
 
+@sink_attention.emit("ort-cpu")
 @capped_attention.emit("ort-cpu")
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
     return _grouped(found, op, _cache(op, shared="H"))
 
 
-multi_head_attention.emit("ort-cpu")(_grouped)
-capped_attention.emit("ort-cpu")(_grouped)
+for _pattern in (multi_head_attention, capped_attention, sink_attention):
+    _pattern.emit("ort-cpu")(_grouped)
 
 
 @multi_head_attention.emit("ort-cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from building import misses, numbers, operators, run
-from onnx import helper
+from onnx import helper, numpy_helper
 from test_attention import SMALLEST, Attention, Sizes, same, softmax
 from test_cache import Cached, P, later_keys_hidden
 from test_masks import not_after
@@ -152,6 +152,51 @@ def test_caps_are_applied_before_masks(groups, mask):
     result = same(b.model(attended), b.feeds)
     assert result.counts == {"capped_attention": 1}
     assert attributes(result.model)["softcap"] == 2.0
+
+
+# A score beside those of the keys ----------------------------------------------------------------------------------
+
+SINKS = np.linspace(-1.0, 3.0, 6, dtype=np.float32)
+
+
+def sunk(groups: int = 2, mask=lambda b, scores: scores, case: str = "", **options) -> tuple[Attention, str]:
+    """Attention with one more column of scores, a number for each head, which is cut off after the softmax."""
+    b = Attention(SIZES, **options)
+    s = b.sizes
+    q = b.heads(b.projection("x", s.hidden), s.D)
+    made = [b.reshape(b.projection("x", groups * s.D), [0, -1, groups, s.D]) for _ in "kv"]
+    wide = [b.unsqueeze(b.transpose(one, perm=[0, 2, 1, 3]), [2]) for one in made]
+    k, v = (b.reshape(b.expand(one, np.array([1, 1, s.H // groups, 1, 1])), [0, s.H, -1, s.D]) for one in wide)
+    scores = mask(b, b.mul(b.matmul(q, b.transpose(k, perm=[0, 1, 3, 2])), 0.4))
+    batch, length = (b.node("Gather", b.shape("x"), np.array([axis]), axis=0) for axis in (0, 1))
+    columns = 2 if case == "two columns" else 1
+    shape = b.concat(batch, np.array([s.H]), length, np.array([columns]), axis=0)
+    column = b.expand(b.reshape(SINKS, [1, -1, 1, 1]), shape)
+    joined = b.concat(*((column, scores) if case == "before" else (scores, column)), axis=-1)
+    most = b.max_over(scores if case == "the maximum of scores" else joined)
+    weights = b.softmax(b.sub(joined, most), axis=2 if case == "another axis" else -1)
+    start, end = {"before": (1, 2**31), "another cut": (1, 2**31)}.get(case, (0, -columns))
+    cut = b.slice(weights, np.array([start]), np.array([end]), np.array([3]))
+    return b, b.merged(b.matmul(cut, v))
+
+
+@pytest.mark.parametrize("case", ["behind", "before"])
+@pytest.mark.parametrize("mask", [None, added, causal], ids=["none", "added", "causal"])
+@pytest.mark.parametrize("groups", [2, 6])
+def test_a_sink_takes_its_share_of_the_softmax(groups, mask, case):
+    b, attended = sunk(groups, mask or (lambda _, scores: scores), case)
+    result = same(b.model(attended), b.feeds)
+    assert result.counts == {"sink_attention": 1}
+    (found,) = [node for node in result.model.graph.node if node.op_type == GROUPED]
+    (sinks,) = [tensor for tensor in result.model.graph.initializer if tensor.name == found.input[11]]
+    np.testing.assert_array_equal(numpy_helper.to_array(sinks), SINKS)
+
+
+@pytest.mark.parametrize("case", ["two columns", "another axis", "another cut", "the maximum of scores"])
+def test_what_is_no_sink(case):
+    """Less the maximum of the scores alone it would be equal, but may overflow."""
+    b, attended = sunk(case=case)
+    assert same(b.model(attended), b.feeds).counts == {}
 
 
 def test_a_runtime_whose_operator_is_always_causal_is_given_causal_ones_only(monkeypatch):

@@ -272,8 +272,10 @@ def _filled(atom: Atom, numbers: Mapping[str, float], absent: Collection[str]) -
     if isinstance(atom, Group):
         product = inside(atom.product)
         return product if product.single is not None or not product.factors else leaf(Group(product))
-    if isinstance(atom, p.Op | p.Mean | p.Softmax | p.Kept):
+    if isinstance(atom, p.Op | p.Mean | p.Kept):
         return leaf(atom._replace(child=inside(atom.child)))
+    if isinstance(atom, p.Softmax):
+        return leaf(atom._replace(child=inside(atom.child), beside=atom.beside and inside(atom.beside)))
     if isinstance(atom, p.MatMul):
         return leaf(atom._replace(left=inside(atom.left), right=inside(atom.right)))
     if isinstance(atom, p.Join | p.Concat):

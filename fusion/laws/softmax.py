@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from fusion.laws import guards, reduction, ring
+from onnx import TensorProto
+
+from fusion.laws import guards, pieces, reduction, ring
 from fusion.laws.arrange import arrange
+from fusion.layout import Layout, merge_neighbours
+from fusion.schema import axes
 from fusion.terms import Atom, Prod, Reduce, Ref, Sum
 
 if TYPE_CHECKING:
@@ -108,6 +112,68 @@ def _reduces(inner: Ref, source: Ref, positions: Sequence[int]) -> bool:
     )
 
 
+def beside(ref: Ref, view: View, positions: Sequence[int], axis: int) -> tuple[Ref, Ref] | None:
+    """(x, y) where `ref` reads x of [x, y], one number y beside x along an axis of its value; else None.
+
+    The maximum of both may have been subtracted: a softmax over both does not see it.
+
+    Args:
+        positions: the coordinate axes along which x is read.
+        axis: of the value, along which they stand side by side.
+    """
+    root = view.root(ref.value)
+    whole = root and _without_own_maximum(_to_pieces(root, view), view, [axis])
+    joined = _without_own_maximum(_to_pieces(ref, view), view, positions)
+    node, layout = joined.value.producer, joined.layout
+    along = axes(node, view.facts) if node is not None and node.key == "Concat" else None
+    part = pieces.part(node, layout, view.facts) if node is not None and along is not None else None
+    if node is None or along is None or part is None or len(node.inputs) != 2:
+        return None
+    (joint,) = along
+    if not whole or whole.value is not joined.value or whole.layout.whole(axis) != joint:
+        return None
+    single = part[1].source[joint] == 1
+    read = [at for at in positions if part[1].whole(at) == joint or (single and not part[1].depends(at))]
+    other = next((value for value in node.inputs if value is not part[0]), None)
+    shape = view.facts.shape(other) if other is not None else None
+    if other is None or shape is None or shape[joint] != 1 or len(read) != 1:
+        return None
+    factors = list(layout.axes)
+    factors[read[0]] = merge_neighbours((None, 0, size) for _, _, size in layout.axes[read[0]])
+    offsets = (*layout.offsets[:joint], 0, *layout.offsets[joint + 1 :])
+    return Ref(*part), Ref(other, Layout(tuple(factors), offsets, shape))
+
+
+def _without_own_maximum(ref: Ref, view: View, positions: Sequence[int]) -> Ref:
+    """[x, y] where `ref` reads [x, y] - max(x, y), the maximum along the axis of these coordinates; else `ref`."""
+    node = ref.value.producer
+    if node is None or node.key != "Sub":
+        return ref
+    whole, most = view.operand(ref, node, 0), view.operand(ref, node, 1)
+    most = most and view.peel(most).ref
+    reduced = most.value.producer if most is not None else None
+    lifted = reduction.lift(reduced, most, view) if most and reduced and reduced.key == "ReduceMax" else None
+    if whole is None or lifted is None or lifted[1] != 1 or lifted[0].value is not whole.value:
+        return ref
+    own, inner = whole.layout, lifted[0].layout
+    axis = inner.whole(len(own.axes))
+    beside = [at for at in range(len(own.axes)) if at not in positions]
+    same = all(inner.axes[at] == own.axes[at] for at in beside) and not any(map(inner.depends, positions))
+    moved = [at for at, offset in enumerate(own.offsets) if inner.offsets[at] != offset]
+    return _to_pieces(whole, view) if same and axis is not None and moved in ([], [axis]) else ref
+
+
+def _to_pieces(ref: Ref, view: View) -> Ref:
+    """Follow a reference through layouts and noise, as far as a Concat."""
+    value, layout = ref
+    while value.producer is not None and value.producer.key != "Concat":
+        step = view.step(value, layout)
+        if step is None:
+            break
+        value, layout = step
+    return Ref(value, layout)
+
+
 # -- spelling ---------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +191,8 @@ def spell(atom: p.Softmax, speller: Speller) -> Written:
         others = [group for group in scores.axes if label not in group]
         scores = arrange(writer, scores, (*others, (label,)))
         axis = len(scores.axes) - 1
+    if atom.beside is not None:
+        return _spell_beside(atom.beside, scores, label, speller)
     if speller.is_whole(atom) or draw.chance(6):
         scores = speller.elementwise("Sub", scores, reduction.reduce("ReduceMax", scores, (label,), speller))
         if draw.choose(False, True):
@@ -134,3 +202,21 @@ def spell(atom: p.Softmax, speller: Speller) -> Written:
     absent = writer.opset >= 13 and axis == len(scores.axes) - 1 and draw.chance(3)
     (given,) = writer.signed([axis], len(scores.axes))
     return guards.spell(writer.node("Softmax", [scores], scores.axes, axis=None if absent else given), speller)
+
+
+def _spell_beside(other: Prod, scores: Written, label: str, speller: Speller) -> Written:
+    """Write a softmax over scores and one number more behind them along the last axis, and cut that off again."""
+    writer, others = speller.writer, [own for own in scores.labels if own != label]
+    scores, last = arrange(writer, scores, tuple((own,) for own in (*others, label))), len(others)
+    value = speller.value(other)
+    column = arrange(writer, value, tuple(group if group[0] in value.labels else () for group in scores.axes))
+    sizes = [writer.size((own,)) or writer.integers(writer.shape(((own,),))) for own in others]
+    shape = writer.node("Concat", [*sizes, writer.integers([1])], ((),), dtype=TensorProto.INT64, axis=0)
+    wide = writer.node("Expand", [column, shape], (*scores.axes[:-1], ()))
+    joined = writer.node("Concat", [scores, wide], scores.axes, axis=writer.signed([last], last + 1)[0])
+    if speller.draw.choose(False, True):
+        most = reduction.reduce("ReduceMax", joined, scores.axes[-1], speller)
+        joined = writer.node("Sub", [joined, most], joined.axes)
+    weights = writer.node("Softmax", [joined], joined.axes, axis=-1)
+    bounds = [writer.integers([bound]) for bound in (0, -1, last)]
+    return writer.node("Slice", [weights, *bounds], scores.axes)

@@ -160,14 +160,37 @@ class Atoms:
             states = self.matcher.miss(state, "operator", "Softmax", node.key, 1, node.label)
         elif written is None and node.version < 13 and own != last:
             states = self.matcher.miss(state, "attribute", "softmax over the last axis", f"axis {own}", 1, node.label)
-        elif not _covers(scores.layout, positions, own):
+        elif not _covers(scores.layout, positions, own, whole=atom.beside is None):
             states = self.matcher.miss(
                 state, "attribute", f"softmax over {' '.join(atom.letters)}", f"axis {own}", 1, node.label
             )
         elif written is not None and shifted == scores:
             states = self.matcher.miss(state, "operator", "exp(x - max(x))", "exp(x), which overflows", 1, node.label)
         for current in states:
-            yield from self.matcher.child(atom.child, shifted, context, current)
+            if atom.beside is not None:
+                yield from self._beside(atom, atom.beside, scores, positions, own, context, current)
+            else:
+                yield from self.matcher.child(atom.child, shifted, context, current)
+
+    def _beside(
+        self,
+        atom: p.Softmax,
+        beside: Prod,
+        scores: Ref,
+        positions: list[int],
+        axis: int,
+        context: Context,
+        state: State,
+    ) -> Iterator[State]:
+        """A softmax over scores and one number more, of which the share of the scores is read."""
+        found = softmax.beside(scores, self.view, positions, axis)
+        if found is None:
+            name = scores.value.name
+            lost = self.matcher.lost(atom)
+            yield from self.matcher.miss(state, "operator", "scores and one number beside them", name, lost, name)
+            return
+        for current in self.matcher.child(atom.child, found[0], context, state):
+            yield from self.matcher.child(beside, found[1], context, current)
 
     def _bound_along(self, letter: str, layout: Layout, axis: int, context: Context, state: State) -> State:
         """Let the last letter of the result, still free, stand for the coordinate axis that runs along an axis."""
@@ -353,8 +376,12 @@ def _of_kind(given: Atom, view: View, kind: type[K]) -> Iterator[tuple[K, float]
             yield term.factors[0][0], term.coef
 
 
-def _covers(layout: Layout, positions: list[int], axis: int) -> bool:
-    """Whether these coordinates are the whole of one source axis, and nothing else reads that axis."""
+def _covers(layout: Layout, positions: list[int], axis: int, *, whole: bool) -> bool:
+    """Whether these coordinates are one source axis, the whole of it or a part, and nothing else reads that axis."""
+    if not whole:
+        read = [(at, own) for at, factors in enumerate(layout.axes) for own, *_ in factors if own is not None]
+        here = [own for at, own in read if at in positions]
+        return here == [own for _, own in read if own == axis] and here in ([axis], [])
     if layout.source[axis] == 1:
         return all(not layout.depends(position) for position in positions)
     return len(positions) == 1 and layout.whole(positions[0]) == axis
