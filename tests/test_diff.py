@@ -349,6 +349,18 @@ def test_the_page_draws_both_sides_and_needs_nothing_else(tmp_path: Path) -> Non
     assert [p.name for p in tmp_path.iterdir()] == ["diff.html"]
 
 
+def test_sizes_are_counted_and_not_drawn(tmp_path: Path) -> None:
+    """What only a shape is made of is no part of the picture; a number that is computed with is."""
+    sized = """zero = Constant <value_ints = [0]> () s = Shape (x) d = Gather (s, zero)
+      t = Concat <axis = 0> (d, zero) r = Reshape (x, t) h = Constant <value_float = 0.5> () y = Mul (r, h)"""
+    diff(graph(sized), graph("y = Exp (x)")).to_html(tmp_path / "d.html")
+    text = (tmp_path / "d.html").read_text()
+    assert [op for op in ("Shape", "Gather", "Concat", "Reshape", "Mul", "0.5", "Exp") if f">{op}</text>" in text] == [
+        "Reshape", "Mul", "0.5", "Exp",
+    ]  # fmt: skip
+    assert "4 nodes that compute sizes and axes are not drawn" in text
+
+
 def test_the_page_escapes_names(tmp_path: Path) -> None:
     a, b = graph("r = Neg (x) y = Exp (r)"), graph("r = Abs (x) y = Exp (r)")
     for proto in (a, b):

@@ -21,8 +21,25 @@ from fusion.errors import OutputError
 # Of the drawing, in pixels.
 CHARACTER, PADDING, HEIGHT, ROW, GAP = 6.6, 8, 22, 46, 12
 LARGEST_DRAWING = 200  # nodes; a larger region is only counted
-SHOWN_NAME = 34  # characters
+SHOWN_NAME, SHOWN_NUMBER = 34, 22  # characters
 LISTED = 200  # other changes of one kind
+
+SIZED = frozenset(
+    {
+        "Expand",
+        "Pad",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceSum",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Unsqueeze",
+    }
+)
+"""Operators whose inputs but the first are sizes and axes."""
 
 
 def write(difference: Diff, path: Path, title: str, limit: int) -> None:
@@ -59,9 +76,13 @@ def _template() -> jinja2.Template:
 def draw(nodes: Sequence[NodeView], region: Region, kind: str) -> dict[str, Any] | None:
     """Lay one side of a region out in layers, each node below what it reads, in boxes of a kind ("node" or "new").
 
+    What only computes sizes and axes is counted, and not drawn.
+
     Returns:
-        Width, height, boxes and the curves between them; None where there are no nodes, too many, or a circle of them.
+        Width, height, boxes, the curves between them, and how many nodes are not drawn; None where there are no nodes,
+        too many, or a circle of them.
     """
+    every, nodes = nodes, _without_sizes(nodes, region.outputs)
     if not nodes or len(nodes) > LARGEST_DRAWING:
         return None
     graph: nx.DiGraph[str] = nx.DiGraph()
@@ -72,7 +93,7 @@ def draw(nodes: Sequence[NodeView], region: Region, kind: str) -> dict[str, Any]
 
     maker = {name: f"n{i}" for i, node in enumerate(nodes) for name in node.outputs if name}
     for i, node in enumerate(nodes):
-        box(f"n{i}", node.operator.rpartition("::")[2], _hint(node), kind)
+        box(f"n{i}", _caption(node), _hint(node), kind)
     for i, node in enumerate(nodes):
         for name in node.reads:
             if maker.get(name, f"n{i}") != f"n{i}":
@@ -92,7 +113,22 @@ def draw(nodes: Sequence[NodeView], region: Region, kind: str) -> dict[str, Any]
         wanted = min(level[reader] for reader in graph.successors(key)) - 1
         layers[0].remove(key)
         layers[wanted].append(key)
-    return _place(graph, [layer for layer in layers if layer])
+    return _place(graph, [layer for layer in layers if layer]) | {"sizes": len(every) - len(nodes)}
+
+
+def _without_sizes(nodes: Sequence[NodeView], outputs: Sequence[str]) -> list[NodeView]:
+    """The nodes, in order, but for those of which nothing is used but as sizes and axes."""
+    uses: dict[str, list[tuple[int, bool]]] = {name: [] for name in outputs}
+    for reader, node in enumerate(nodes):
+        for slot, name in enumerate(node.inputs):
+            uses.setdefault(name, []).append((reader, slot > 0 and node.operator in SIZED))
+    hidden: set[int] = set()
+    for index in reversed(range(len(nodes))):
+        given = [name for name in nodes[index].outputs if name]
+        read = [use for name in given for use in uses.get(name, ())]
+        if read and not set(given) & set(outputs) and all(sized or reader in hidden for reader, sized in read):
+            hidden.add(index)
+    return [node for index, node in enumerate(nodes) if index not in hidden]
 
 
 def _place(graph: nx.DiGraph[str], layers: list[list[str]]) -> dict[str, Any]:
@@ -120,6 +156,12 @@ def _curve(a: dict[str, Any], b: dict[str, Any]) -> str:
     start, top, end, bottom = _centre(a), a["y"] + HEIGHT, _centre(b), b["y"]
     half = (top + bottom) / 2
     return f"M{start:.0f} {top} C{start:.0f} {half:.0f} {end:.0f} {half:.0f} {end:.0f} {bottom}"
+
+
+def _caption(node: NodeView) -> str:
+    """What is written into a node's box: its operator, or the number that it is."""
+    number = next(iter(node.attributes.values()), "") if node.operator == "Constant" else ""
+    return number if 0 < len(number) <= SHOWN_NUMBER else node.operator.rpartition("::")[2]
 
 
 def _hint(node: NodeView) -> str:
