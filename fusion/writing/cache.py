@@ -10,7 +10,7 @@ from fusion.matching.region import Region, asks_sizes
 from fusion.models.graph import Node, Value
 from fusion.schema import axes as schema_axes
 from fusion.terms import Ref
-from fusion.writing.found import Captured, Found
+from fusion.writing.found import GAIN, Captured, Found
 
 
 def split_cache(found: Found, forms: dict[str, str], letter: str, shared: str) -> list[Captured]:
@@ -24,7 +24,7 @@ def split_cache(found: Found, forms: dict[str, str], letter: str, shared: str) -
         whole, node = captured.value, captured.value.producer
         axis = form.split().index(letter)
         joined = node is not None and node.key == "Concat" and schema_axes(node, found.facts) == (axis,)
-        found.require(joined, f"{name} ({whole.name}) appends nothing to a cache")
+        found.require(joined, f"{name} ({whole.name}) appends nothing to a cache", kind=GAIN)
         assert node is not None
         found.require(node.scope is found.node.scope, f"{whole.name} is computed in another scope")
         found.require(len(node.inputs) == 2, f"{name} ({whole.name}) is not one part appended to another")

@@ -18,7 +18,7 @@ from fusion.targets import Target
 from fusion.writing.apply import apply
 from fusion.writing.checked import apply_checked
 from fusion.writing.emit import Builder
-from fusion.writing.found import Found, New, NewNode, Unmet
+from fusion.writing.found import GAIN, Found, New, NewNode, Unmet
 from fusion.writing.outcome import Outcome, Rewritten
 
 SWEEPS = 8
@@ -171,7 +171,8 @@ class Rewriter:
                     misses.append(unmet.miss)
                     continue
                 return Emitted(found, builder.nodes, results)
-            first = first or tuple(misses)
+            # Who has another way to be written need not hear of those that are not for it.
+            first = first or tuple(miss for miss in misses if miss.kind != GAIN) or tuple(misses)
         return first
 
     def _apply(self, emitted: Emitted) -> list[Node]:
