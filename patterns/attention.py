@@ -157,6 +157,29 @@ def _grouped(found, op, past=()):
     return op.guarded(attended), *present[: len(past)]
 
 
+def _side_by_side(found, op, past=()):
+    """MultiHeadAttention over the heads of keys: the queries that share one are rows beside each other, (S G)."""
+    found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
+    found.require_one_dtype()
+    caches = zip(past, ("B H T D", "B H T E"), strict=False)
+    heads, (k, v, *caches) = op.unrepeated("H", (found.k, "B T (H D)"), (found.v, "B T (H E)"), *caches)
+    often = found.size("H") // heads
+    found.require(often > 1, "all heads have keys of their own", kind="gain")
+    found.require(found.factor is None, "scores have a factor by head")
+    alike = found.k.shape[2] == found.v.shape[2]
+    found.require(alike or not past, "the kernel takes no cache of keys and values of different sizes")
+    (batch, queries, _), bias = found.q.shape, op.additive(found.bias)
+    if bias is not None:
+        found.require(op.shape(bias)[1] == 1, "what is added differs by head")
+        bias = op.rearranged(bias, "B H S T -> B H (S G) T", G=often)
+    q = op.placed(found.q.laid(found.q.cut("H", K=heads, G=often), "B (S G) (K D)"), found.dtype)
+    operands = (q, k, v, None, None, bias, *caches)
+    made, *present = op.microsoft.MultiHeadAttention(*operands, outputs=3, num_heads=heads, scale=found.scale)
+    sizes = {"B": batch, "S": queries, "G": often, "K": heads, "E": found.size("E")}
+    attended = op.rearranged(made, "B (S G) (K E) -> B S (K G E)", **sizes)
+    return op.guarded(attended), *present[: len(past)]
+
+
 @capped_attention.emit("onnx")
 @multi_head_attention.emit("onnx")
 def _(found, op):
@@ -190,9 +213,15 @@ for _pattern in (multi_head_attention, capped_attention, sink_attention):
 
 @multi_head_attention.emit("ort-cpu")
 def _(found, op):
+    return _side_by_side(found, op, _cache(op, shared="H"))
+
+
+@multi_head_attention.emit("ort-cpu")
+def _(found, op):
     return _multi_head(found, op, _cache(op))
 
 
+multi_head_attention.emit("ort-cpu")(_side_by_side)
 multi_head_attention.emit("ort-cpu", "ort-cuda")(_multi_head)
 
 

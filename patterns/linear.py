@@ -54,7 +54,7 @@ def _(found, op):
 @scaled_matmul.emit("ort-cpu", "ort-cuda", last=True)
 def _(found, op):
     stored = [op.stored(own, _plain, _swapped, _rows_first, _columns_first, keep=2) for own in (found.a, found.b)]
-    ranks = [op.rank(operand) for operand, _ in stored]
+    ranks = [len(op.shape(operand)) for operand, _ in stored]
     found.require(max(ranks) == found.rank, "the product has fewer axes than the result")
     given = {"alpha": found.alpha if found.alpha != 1.0 else 0}
     for side, (_, order) in zip("AB", stored, strict=True):

@@ -139,10 +139,35 @@ def test_it_appends_to_a_cache_of_the_heads_there_are(tokens, past):
     assert "Concat" not in operators(result.model)
 
 
-def test_behind_a_cache_it_is_causal_and_nothing_else():
-    b = Cached(Sizes(H=6, D=8, E=8), groups=2)
-    result = same(b.model(b.attended(), *b.caches), b.feeds)
-    assert operators(result.model)["MultiHeadAttention"] == 1
+def masked(b: Cached, scores: str) -> str:
+    """What MultiHeadAttention adds: some keys hidden, all of them in one row, and a number for each other one."""
+    rows, keys = b.sizes.S, b.sizes.S + b.feeds["past_k"].shape[2]
+    mask = np.where(np.arange(keys) % 3 == 1, SMALLEST, numbers(2, 1, rows, keys, seed=8))
+    mask[1, 0, rows - 1] = SMALLEST
+    return b.add(scores, b.feed("mask", mask.astype(np.float32), ["B", 1, "S", "all"]))
+
+
+@pytest.mark.parametrize("mask", [None, masked], ids=["none", "added"])
+@pytest.mark.parametrize("past", [0, P])
+@pytest.mark.parametrize(("tokens", "groups"), [(1, 2), (5, 2), (5, 1), (5, 3)])
+def test_queries_that_share_keys_are_rows_beside_each_other(tokens, groups, past, mask):
+    """Behind a cache GroupQueryAttention is causal; MultiHeadAttention takes any mask, over the heads of keys."""
+    b = Cached(Sizes(S=tokens, H=6), groups=groups, past=past)
+    result = same(b.model(b.attended(mask or (lambda b, scores: scores)), *b.caches), b.feeds)
+    (found,) = [node for node in result.model.graph.node if node.op_type == "MultiHeadAttention"]
+    heads = {attribute.name: attribute.i for attribute in found.attribute}["num_heads"]
+    assert heads == groups
+    assert list(found.input)[6:] == ["past_k", "past_v"]
+    assert list(found.output)[1:] == ["all_k", "all_v"]
+    assert bool(found.input[5]) == (mask is not None)
+
+
+def test_a_bias_of_each_head_keeps_the_heads_apart():
+    b = Cached(Sizes(H=6), groups=2)
+    mask = b.feed("mask", numbers(1, 6, 5, P + 5, seed=8), [1, 6, "S", "all"])
+    result = same(b.model(b.attended(lambda b, scores: b.add(scores, mask)), *b.caches), b.feeds)
+    (found,) = [node for node in result.model.graph.node if node.op_type == "MultiHeadAttention"]
+    assert {attribute.name: attribute.i for attribute in found.attribute}["num_heads"] == 6
 
 
 @pytest.mark.parametrize("mask", [None, added, causal], ids=["none", "added", "causal"])

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.captures import parse
+from fusion.captures import Dims, parse
 from fusion.dims import Dim, product
 from fusion.language import letters_of
 from fusion.layout import Layout, merge_neighbours
@@ -26,7 +26,8 @@ from fusion.writing.beside import additive, guarded, is_causal
 from fusion.writing.cache import split_cache
 from fusion.writing.found import Captured, Found, New, NewNode, Operand, Unmet
 from fusion.writing.packed import packed
-from fusion.writing.place import nearest, place, rearranged, standing
+from fusion.writing.place import nearest, place, standing
+from fusion.writing.place import rearranged as lay_out
 from fusion.writing.sizes import filled, int64, item_of, sizes
 
 MICROSOFT = "com.microsoft"
@@ -133,12 +134,17 @@ class Builder:
         """
         return packed(self, self._found, captures, axis, absent)
 
-    def rank(self, operand: Operand) -> int | None:
-        """How many axes an operand has; None where that is unknown."""
-        if operand is None:
-            return None
-        shape = operand.shape if isinstance(operand, New) else self._found.facts.shape(operand)
-        return None if shape is None else len(shape)
+    def shape(self, operand: Operand) -> tuple[Dim, ...]:
+        """The shape of an operand.
+
+        Raises:
+            Unmet: it is not known.
+        """
+        known = operand.shape if isinstance(operand, New) else None
+        shape = self._found.facts.shape(operand) if isinstance(operand, Value) else known
+        if shape is None:
+            raise self.unmet("the shape of an operand is not known", self._found.root)
+        return shape
 
     def stored(self, captured: Captured, *orders: Callable[[int], Sequence[int]], keep: int = 0) -> tuple[Operand, int]:
         """A capture as it is stored, its axes in one of several orders: the operand, and which of the orders it has.
@@ -244,7 +250,7 @@ class Builder:
         column = Layout((*narrow.layout.axes, ()), narrow.layout.offsets, narrow.layout.source)
         lies, _ = self.stored(Captured(self._found, factor.name, Ref(factor.value, column)), range)
         made = self.Mul(self.placed(wide, self._found.dtype), lies)
-        arranged = rearranged(self, made, wide.layout, captured.ref.layout)
+        arranged = lay_out(self, made, wide.layout, captured.ref.layout)
         if arranged is None:
             raise self.unmet(f"{captured.value.name} cannot be rearranged after its factor", captured.value)
         return arranged
@@ -344,6 +350,34 @@ class Builder:
         self._found.require(places.step == 1, "Slice has no steps before opset 10")
         return self.shared("Slice", [operand], shape, starts=bounds[0], ends=bounds[1], axes=bounds[2])
 
+    def rearranged(self, operand: Operand, spec: str, **sizes: Dim) -> New:
+        """An operand in other axes, written as for `axes`; along a letter that only the right side has it is repeated.
+
+        Args:
+            sizes: of the letters that the operand's shape does not tell.
+
+        Raises:
+            Unmet: a size is unknown.
+        """
+        before, after = (parse(side)[0] for side in spec.split("->"))
+        letters = letters_of(before)
+        if not sizes.keys() >= set(letters):
+            told = zip(before, self.shape(operand), strict=True)
+            sizes |= {token: dim for token, dim in told if isinstance(token, str)}
+
+        def laid(tokens: Dims) -> Layout:
+            groups = ((token,) if isinstance(token, str) else token for token in tokens)
+            axes = [
+                [(letters.index(own), 1, sizes[own]) if own in letters else (None, 0, sizes[own]) for own in group]
+                for group in groups
+            ]
+            return Layout(tuple(map(merge_neighbours, axes)), (0,) * len(letters), tuple(sizes[own] for own in letters))
+
+        made = lay_out(self, operand, laid(before), laid(after))
+        if made is None:
+            raise self.unmet(f"{spec} cannot be written", self._found.root)
+        return made
+
     def reshaped(self, operand: Operand, have: tuple[Dim, ...], wanted: tuple[Dim, ...]) -> Operand:
         """An operand of one shape in another one."""
         if have == wanted:
@@ -414,7 +448,7 @@ class Builder:
         wanted = found.view.peel(root).ref.layout if root is not None else have
         if wanted == have:
             return result
-        made = rearranged(self, result, have, wanted)
+        made = lay_out(self, result, have, wanted)
         if made is None:
             raise self.unmet(f"{found.root.name} does not lie in axes that the fused node's result has", found.root)
         return made

@@ -312,6 +312,18 @@ class Captured:
             axes.update(zip(letters, groups, strict=True))
         return axes
 
+    def cut(self, letter: str, **parts: int) -> dict[str, Axis]:
+        """What each letter of the capture runs over, one of them cut into several.
+
+        Raises:
+            Unmet: it cannot be split so.
+        """
+        axes = self.by_letter()
+        groups = regroup(axes[letter], list(parts.values()))
+        if groups is None:
+            raise Unmet(f"{self.name} ({self.value.name}) cannot be split into {' '.join(parts)}", kind="dimension")
+        return {**axes, **dict(zip(parts, groups, strict=True))}
+
     def standing(self, dtype: int | None) -> Value:
         """The value of the graph that lies in the axes of the capture, with this dtype.
 

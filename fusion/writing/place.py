@@ -134,12 +134,12 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
     return made
 
 
-def rearranged(builder: Builder, operand: New, have: Layout, wanted: Layout) -> New | None:
+def rearranged(builder: Builder, operand: Operand, have: Layout, wanted: Layout) -> New | None:
     """An operand that lies as `have` brought into `wanted`, a layout over the same source; None where it cannot be."""
     expressed = _express(wanted, have)
     steps = _plan(expressed) if expressed is not None else None
     made = None if steps is None else _written(builder, operand, have.shape, steps)
-    return made if made is None or not isinstance(made, Value) else None
+    return None if isinstance(made, Value) else made
 
 
 def _written(builder: Builder, made: Operand, have: tuple[Dim, ...], steps: _Steps) -> Operand:
