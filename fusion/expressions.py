@@ -303,6 +303,20 @@ def _spread(dims: Dims, letters: tuple[str, ...]) -> Dims:
     return (*dims[:index], *letters, *dims[index + 1 :])
 
 
+def operator(names: str, *operands: Any, dims: str) -> Any:
+    """What a node of one of these operators computes, along the axes `dims`: for what no formula here says.
+
+    Operands are captures declared as `operand()`, or what such nodes compute. Attributes are the emission's to look at,
+    and so are inputs that are not listed, which are constants.
+    """
+    if not all(isinstance(own, Expr) for own in operands):
+        raise misuse(f"{names} has no formula: it computes nothing on arrays")
+    for own in operands:
+        if own.kind != "operator" and not (own.kind == "var" and own.capture and own.capture.dims is None):
+            raise misuse(f"an operand of {names} is a capture declared as operand(), or another operator(...)")
+    return Expr("operator", operands, letters_of(parse(dims)[0]), name=names)
+
+
 def keep(x: Any) -> Any:
     """Mark an interior value as an output of the pattern: it may have other consumers."""
     return Expr("keep", (x,), x.dims) if isinstance(x, Expr) else x

@@ -88,6 +88,13 @@ class Fused(NamedTuple):
         return id(self.pattern)
 
 
+class Operator(NamedTuple):
+    """A node of one of these operators, of which nothing is said but its first operands."""
+
+    names: frozenset[str]
+    operands: tuple[Prod, ...]
+
+
 class Kept(NamedTuple):
     """An interior value that is an output too."""
 
@@ -141,7 +148,7 @@ class Plan:
         operators: every operator that may spell a part.
         height: how many of these may stand between an anchor and the root.
         weight: how many operators and captures the formula has.
-        reads: fused operators that it is made of.
+        reads: operators that it is made of by their names: fused ones, and those of which no formula is said.
         refines: the pattern that the result is a call of, opened: it matches wherever this plan does.
     """
 
@@ -287,6 +294,10 @@ class _Builder:
             parts = tuple(self.factor(arg, frame) for arg in args)
             ends = tuple(frame.letters.get(end, (end,))[0] for end in expr.letters)
             return leaf(Concat(parts, ends, frame.renamed(expr.tokens or ())))
+        if expr.kind == "operator":
+            names = expr.name.split()
+            self.reads.update(names)
+            return leaf(Operator(frozenset(names), tuple(self.factor(arg, frame) for arg in args)))
         if expr.kind == "either":
             return self.factor(args[self.decide(len(args))], frame)
         return self._call(expr, frame)
@@ -370,6 +381,8 @@ def children(atom: Atom) -> Iterator[Prod]:
         yield atom.right
     elif isinstance(atom, Join | Concat):
         yield from atom.parts
+    elif isinstance(atom, Operator):
+        yield from atom.operands
     elif isinstance(atom, Fused):
         for _, argument in atom.arguments:
             if argument is not None:
@@ -394,7 +407,7 @@ def _height(term: Prod) -> int:
     """The longest chain of operators that are not arithmetic."""
     tallest = 0
     for atom, _ in term.factors:
-        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Join | Concat | Fused) else 0
+        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Join | Concat | Operator | Fused) else 0
         tallest = max([tallest, own, *(own + _height(child) for child in children(atom))])
     return tallest
 
@@ -416,6 +429,8 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
                 yield SPELLINGS["matmul"]
             elif isinstance(atom, Join | Concat):
                 yield SPELLINGS["concat"]
+            elif isinstance(atom, Operator):
+                yield atom.names
             elif isinstance(atom, Fused):
                 yield frozenset(atom.pattern.readers)
         level = [child for current in level for atom, _ in current.factors for child in children(atom)]

@@ -11,6 +11,7 @@ from fusion import plan as p
 from fusion.language import letters_of
 from fusion.laws import guards, linear, reduction, ring, softmax
 from fusion.layout import Layout
+from fusion.matching.describe import describe
 from fusion.matching.state import Context, Entry, State
 from fusion.models.graph import Node
 from fusion.plan import SPELLINGS, UNARY, Plan, alike, is_clamp
@@ -74,6 +75,8 @@ class Atoms:
                 yield from _times(self.operator(atom, node, given, context, state))
             elif isinstance(atom, p.Softmax) and node is not None:
                 yield from _times(self.softmax(atom, node, given, context, state))
+            elif isinstance(atom, p.Operator) and node is not None:
+                yield from _times(self.result_of(atom, node, given, context, state))
             elif isinstance(atom, p.Fused) and node is not None:
                 yield from _times(self.fused(atom, node, given, context, state))
 
@@ -291,6 +294,26 @@ class Atoms:
                     if layout is not None:
                         following.extend(self.matcher.child(argument, Ref(value, layout), context, current))
             states = following
+        yield from states
+
+    def result_of(self, atom: p.Operator, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
+        """The first output of a node of one of these operators, as it lies; its operands are in axes of their own."""
+        states: list[State] = [state]
+        if node.key not in atom.names or given.value.slot != 0:
+            lost = self.matcher.lost(atom)
+            states = list(self.matcher.miss(state, "operator", describe(atom), node.key, lost, node.label))
+            yield from states
+            return
+        if not given.layout.is_identity:
+            place = given.value.name
+            states = list(self.matcher.miss(state, "dimension", f"{node.key} as it lies", "rearranged", 1, place))
+        for slot, operand in enumerate(atom.operands):
+            value = node.input(slot)
+            ref = None if value is None else self.view.root(value)
+            if ref is not None:
+                states = [own for current in states for own in self.matcher.child(operand, ref, context, current)]
+            elif value is not None or not _may_be_absent(operand, self.plan):
+                return
         yield from states
 
     def _trailing(self, letter: str, count: int, context: Context, state: State, node: Node) -> Iterator[State]:

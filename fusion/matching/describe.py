@@ -29,6 +29,8 @@ def describe(atom: Atom, exponent: float = 1.0) -> str:
         text = f"{node.op}({atom.value.name})" if node is not None else atom.value.name
     elif isinstance(atom, p.Var | p.Op):
         text = atom.name
+    elif isinstance(atom, p.Operator):
+        text = " or ".join(sorted(atom.names))
     elif isinstance(atom, p.Fused):
         text = " or ".join(atom.pattern.readers)
     else:

@@ -18,12 +18,14 @@ from fusion.dims import Dim, product
 from fusion.language import letters_of
 from fusion.layout import Layout, merge_neighbours
 from fusion.matching.state import Entry
-from fusion.models.graph import Value
+from fusion.models.graph import Node, Value
+from fusion.schema import extra_attributes
 from fusion.targets import Target
 from fusion.terms import Ref
 from fusion.verdict import Verdict
 from fusion.writing.beside import additive, guarded, is_causal
 from fusion.writing.cache import split_cache
+from fusion.writing.folded import folded, vector
 from fusion.writing.found import Captured, Found, New, NewNode, Operand, Unmet
 from fusion.writing.packed import packed
 from fusion.writing.place import nearest, place, rearranged, standing
@@ -131,6 +133,34 @@ class Builder:
             Unmet: a capture is no stored constant, or of another dtype.
         """
         return packed(self, self._found, captures, axis, absent)
+
+    def vector(self, source: Captured | Value | None) -> np.ndarray[Any, Any]:
+        """The numbers of a stored vector, in double.
+
+        Raises:
+            Unmet: it is computed, or no vector.
+        """
+        return vector(self._found, source)
+
+    def again(self, node: Node, *inputs: Captured | Operand, **attributes: object) -> New:
+        """A node of the region once more, of other inputs; its attributes but for those given, and without those None.
+
+        Raises:
+            Unmet: an attribute of it is a parameter of the function it stands in.
+        """
+        own = {item.name: helper.get_attribute_value(item) for item in node.proto.attribute}
+        self._found.require(not extra_attributes(node, own), f"attributes of {node.label} are not known")
+        kept = {name: value for name, value in (own | attributes).items() if value is not None}
+        made: New = getattr(self, node.op)(*inputs, **kept)
+        return made
+
+    def folded(self, layer: Node, *, factor: np.ndarray[Any, Any] | None, shift: np.ndarray[Any, Any]) -> New:
+        """A Conv, ConvTranspose or Gemm that computes what `layer` does, times a factor, plus a shift, by channel.
+
+        Raises:
+            Unmet: its weights are computed, are in half precision, or others read them too.
+        """
+        return folded(self, self._found, layer, factor, shift)
 
     def rank(self, operand: Operand) -> int | None:
         """How many axes an operand has; None where that is unknown."""

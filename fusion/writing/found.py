@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from onnx import TensorProto
 
 from fusion.captures import parse
@@ -22,6 +23,9 @@ from fusion.terms import Ref
 from fusion.verdict import Verdict
 from fusion.view import View
 from fusion.writing.place import before, standing
+
+ABSORBING = {"Pad": frozenset({"Conv", "AveragePool", "MaxPool"})}
+"""Who may do without what stands before it, where that is no matter of layout."""
 
 GAIN = "gain"
 """The kind of a miss that says: it could be written, and would save nothing."""
@@ -42,6 +46,7 @@ class New:
     Attributes:
         tensor: the constant.
         parts: weights, each with a permutation or None, that are put together along `axis` when the model is written.
+        factor: what they are multiplied by then.
     """
 
     dtype: int | None
@@ -49,6 +54,7 @@ class New:
     tensor: TensorProto | None = None
     parts: tuple[tuple[TensorProto, tuple[int, int] | None], ...] = ()
     axis: int = 0
+    factor: np.ndarray[Any, Any] | None = None
 
 
 Operand = Value | New | None
@@ -126,6 +132,11 @@ class Found:
         if verdict is not Verdict.YES:
             raise Unmet(text, kind=kind, verdict=verdict, place=self.root.name)
 
+    def computed_by(self, *operators: str) -> Node:
+        """The node of the region that is one of these operators, which the pattern names with `operator(...)`."""
+        nodes = (*self.region.core, *self.region.prefix)
+        return next(node for node in reversed(nodes) if node.key in operators)
+
     @property
     def finals(self) -> list[Value]:
         """The values that new nodes compute: the root, then those that are kept, in their order."""
@@ -166,7 +177,8 @@ class Found:
     def require_fewer(self, nodes: Sequence[NewNode]) -> None:
         """A rewrite replaces more nodes than it adds, with the rearrangements before the core that nobody else reads.
 
-        Other products count as nobody: they may read what lies before the rearrangement just as well.
+        Other products count as nobody: they may read what lies before the rearrangement just as well, as other
+        convolutions may read what is not padded yet.
         """
         needed = [operand for node in nodes for operand in node.inputs if isinstance(operand, Value)]
         kept: set[Node] = set()
@@ -179,7 +191,8 @@ class Found:
         for node in reversed([node for node in self.region.prefix if node not in kept]):
             values = [value for value in node.outputs if value is not None]
             others = {reader for value in values for reader in value.uses if reader not in replaced}
-            if all(reader.key in SPELLINGS["matmul"] for reader in others) and not any(v.is_output for v in values):
+            absorbing = ABSORBING.get(node.key, SPELLINGS["matmul"])
+            if all(reader.key in absorbing for reader in others) and not any(v.is_output for v in values):
                 replaced.add(node)
         if len(nodes) >= len(replaced):
             text = f"{len(nodes)} new nodes would replace {len(replaced)}"
