@@ -164,15 +164,29 @@ def sqrt(x: Any) -> Any:
 
 def mean(x: Any, over: str | None = None) -> Any:
     """Mean over letters such as "C S" (the last one), kept as axes of size 1. The last one may be several axes."""
+    return _reduced("mean", x, over, np.mean)
+
+
+def maximum(x: Any, over: str | None = None) -> Any:
+    """The largest number over letters, as `mean` has them."""
+    return _reduced("max", x, over, np.max)
+
+
+def total(x: Any, over: str | None = None) -> Any:
+    """The sum over letters, as `mean` has them."""
+    return _reduced("total", x, over, np.sum)
+
+
+def _reduced(kind: str, x: Any, over: str | None, compute: Callable[..., Any]) -> Any:
     letters = tuple((over or "").split())
     if isinstance(x, Expr):
         dims = x.dims or ()
         letters = letters or dims[-1:]
         for letter in letters or ("",):
             if letter not in dims or letter == ELLIPSIS:
-                raise misuse(f"mean over {letter!r}, which is no letter of {spell_axes(dims)}")
-        return Expr("reduce", (x,), dims, name="mean", letters=letters)
-    return np.mean(x, axis=tuple(range(-max(1, len(letters)), 0)), keepdims=True)
+                raise misuse(f"{kind} over {letter!r}, which is no letter of {spell_axes(dims)}")
+        return Expr("reduce", (x,), dims, name=kind, letters=letters)
+    return compute(x, axis=tuple(range(-max(1, len(letters)), 0)), keepdims=True)
 
 
 def softmax(x: Any, over: str | None = None) -> Any:

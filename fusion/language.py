@@ -36,6 +36,7 @@ from fusion.expressions import (
     join,
     keep,
     log,
+    maximum,
     mean,
     misuse,
     operator,
@@ -47,14 +48,15 @@ from fusion.expressions import (
     spell_axes,
     sqrt,
     tanh,
+    total,
     tracing,
     walk,
 )
 
 __all__ = [
     "ELLIPSIS", "Capture", "Dims", "Emit", "Expr", "Pattern", "along", "axes", "chain", "clamp", "concat", "either",
-    "erf", "exp", "join", "keep", "letters_of", "log", "mean", "operand", "operator", "optional", "pattern", "pieces",
-    "relu", "rest", "scalar", "sigmoid", "softmax", "sqrt", "tanh", "tensor", "walk",
+    "erf", "exp", "join", "keep", "letters_of", "log", "maximum", "mean", "operand", "operator", "optional", "pattern",
+    "pieces", "relu", "rest", "scalar", "sigmoid", "softmax", "sqrt", "tanh", "tensor", "total", "walk",
 ]  # fmt: skip
 
 

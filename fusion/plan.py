@@ -39,9 +39,10 @@ class Op(NamedTuple):
     child: Prod
 
 
-class Mean(NamedTuple):
-    """A mean over letters."""
+class Reduction(NamedTuple):
+    """The mean, max or total over letters."""
 
+    kind: str
     child: Prod
     letters: tuple[str, ...]
 
@@ -104,6 +105,8 @@ class Kept(NamedTuple):
 
 SPELLINGS: Mapping[str, frozenset[str]] = {
     "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "InstanceNormalization"}),
+    "max": frozenset({"ReduceMax"}),
+    "total": frozenset({"ReduceSum"}),
     "softmax": frozenset({"Softmax", "Exp"}),
     "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul", "Einsum"}),
     "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
@@ -278,7 +281,7 @@ class _Builder:
         if expr.kind == "op":
             return leaf(Op(expr.name, self.factor(args[0], frame)))
         if expr.kind == "reduce":
-            return leaf(Mean(self.factor(args[0], frame), letters))
+            return leaf(Reduction(expr.name, self.factor(args[0], frame), letters))
         if expr.kind == "softmax":
             return leaf(Softmax(self.factor(args[0], frame), letters))
         if expr.kind == "matmul":
@@ -374,7 +377,7 @@ def children(atom: Atom) -> Iterator[Prod]:
     elif isinstance(atom, Sum):
         for item in atom.items:
             yield Prod(item.coef, item.factors)
-    elif isinstance(atom, Op | Mean | Softmax | Kept):
+    elif isinstance(atom, Op | Reduction | Softmax | Kept):
         yield atom.child
     elif isinstance(atom, MatMul):
         yield atom.left
@@ -407,7 +410,7 @@ def _height(term: Prod) -> int:
     """The longest chain of operators that are not arithmetic."""
     tallest = 0
     for atom, _ in term.factors:
-        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Join | Concat | Operator | Fused) else 0
+        own = 1 if isinstance(atom, Op | Reduction | Softmax | MatMul | Join | Concat | Operator | Fused) else 0
         tallest = max([tallest, own, *(own + _height(child) for child in children(atom))])
     return tallest
 
@@ -421,8 +424,8 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
                 yield SPELLINGS["root"]
             if isinstance(atom, Op):
                 yield SPELLINGS.get(atom.name, frozenset({atom.name}))
-            elif isinstance(atom, Mean):
-                yield SPELLINGS["mean"]
+            elif isinstance(atom, Reduction):
+                yield SPELLINGS[atom.kind]
             elif isinstance(atom, Softmax):
                 yield SPELLINGS["softmax"]
             elif isinstance(atom, MatMul):

@@ -4,7 +4,22 @@ from math import pi
 
 from onnx import TensorProto
 
-from fusion.language import clamp, either, erf, exp, log, pattern, relu, scalar, sigmoid, softmax, sqrt, tanh
+from fusion.language import (
+    clamp,
+    either,
+    erf,
+    exp,
+    log,
+    maximum,
+    pattern,
+    relu,
+    scalar,
+    sigmoid,
+    softmax,
+    sqrt,
+    tanh,
+    total,
+)
 from fusion.schema import attribute
 
 
@@ -66,6 +81,16 @@ def hard_swish(x):
 def stable_softmax(x):
     """exp(x - max(x)) / Σ exp(x - max(x)) along the last axis (Bridle 1990, eq. 2): a softmax, written out."""
     return softmax(x)
+
+
+@pattern(x="... T")
+def stable_log_softmax(x):
+    """x - max(x) - log Σ exp(x - max(x)) along one axis (Bridle 1990, eq. 2): the logarithm of a softmax, written out.
+
+    It is finite where the softmax is 0; log(softmax(x)) is another function.
+    """
+    d, less = x - maximum(x), x - maximum(x)
+    return either(d - log(total(exp(d))), x - maximum(x) - log(total(exp(less))))
 
 
 @pattern(x="... D", bias="D")
@@ -173,10 +198,23 @@ def _(found, op):
     return op.HardSwish(found.x)
 
 
+def _along(found, op):
+    """x as the result lies, and the axis along which it is normalised."""
+    x, axis = op.unmoved(found.x, "T")
+    found.require(axis == found.rank - 1 or found.opset >= 13, "below opset 13 the operator flattens from its axis on")
+    return x, axis
+
+
 @stable_softmax.emit("onnx", "ort-cpu", "ort-cuda", last=True)
 def _(found, op):
-    found.require(found.state.letters["T"] == (found.rank - 1,), "it runs along another axis than the last")
-    return op.guarded(op.Softmax(op.arranged(found.x), axis=-1))
+    x, axis = _along(found, op)
+    return op.lying(op.guarded(op.Softmax(x, axis=axis)))
+
+
+@stable_log_softmax.emit("onnx", "ort-cpu", "ort-cuda")
+def _(found, op):
+    x, axis = _along(found, op)
+    return op.lying(op.LogSoftmax(x, axis=axis))
 
 
 @bias_gelu.emit("ort-cpu", "ort-cuda")

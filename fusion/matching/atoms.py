@@ -56,13 +56,11 @@ class Atoms:
                 yield from self._grouped(core, given, context, alone)
             if self.record and isinstance(given, Ref):
                 yield from self.no_sum(atom, given, context, state)
-        elif isinstance(atom, p.Mean):
-            for reduced, scale in _of_kind(given, self.view, Reduce):
-                if reduced.kind == "mean":
-                    yield from _times(self.mean(atom, reduced, context, state), scale)
-                    return
-            if self.record and isinstance(given, Ref):
-                yield from _times(self._no_mean(atom, given, context, state))
+        elif isinstance(atom, p.Reduction):
+            if (found := self._reduction(atom.kind, given)) is not None:
+                yield from _times(self.reduction(atom, found[0], context, state), found[1])
+            elif self.record:
+                yield from _times(self._other_reduction(atom, given, context, state))
         elif isinstance(atom, p.MatMul):
             for contraction, scale in _of_kind(given, self.view, Contract):
                 yield from _scaled(self.matmul(atom, contraction, context, state, free), scale)
@@ -195,8 +193,16 @@ class Atoms:
         for matched in self.softmax(atom, ref.value.producer, ref, context, state):
             yield from spine.outermost(Entry("zero", condition, 1.0, keep), matched)
 
-    def mean(self, atom: p.Mean, given: Reduce, context: Context, state: State) -> Iterator[State]:
-        """A mean; inside it the letters stand for the axes reduced."""
+    def _reduction(self, kind: str, given: Atom) -> tuple[Reduce, float] | None:
+        """The reduction of this kind that a factor is, and the number it is multiplied by."""
+        reduced, scale = next(_of_kind(given, self.view, Reduce), (None, 1.0))
+        if kind == "total":
+            found = reduction.total(given if reduced is None else reduced, self.view)
+            return found and (found[0], scale * found[1])
+        return (reduced, scale) if reduced is not None and reduced.kind == kind else None
+
+    def reduction(self, atom: p.Reduction, given: Reduce, context: Context, state: State) -> Iterator[State]:
+        """A mean, maximum or sum; inside it the letters stand for the axes reduced."""
         child = given.child
         first = child if isinstance(child, Ref) else next(references(child), None)
         letter = atom.letters[-1]
@@ -228,10 +234,11 @@ class Atoms:
         states: Iterator[State] = iter((bound,))
         if len(outside) != len(inside):
             states = self.matcher.miss(
-                state, "dimension", f"a mean over {name}", f"{given.rank} axes", 1, first.value.name
+                state, "dimension", f"a {atom.kind} over {name}", f"{given.rank} axes", 1, first.value.name
             )
         elif any(first.layout.depends(axis) for axis in outside):
-            states = self.matcher.miss(state, "dimension", f"a mean over {name}", "another axis", 1, first.value.name)
+            wanted = f"a {atom.kind} over {name}"
+            states = self.matcher.miss(state, "dimension", wanted, "another axis", 1, first.value.name)
         for current in states:
             over = None if context or current is bound else self._over(first, outside)
             if over is not None and isinstance(child, Ref):
@@ -346,14 +353,17 @@ class Atoms:
         for missed in self.matcher.miss(state, "operator", "a sum", node.key, 1, node.label):
             yield from self.matcher.sums.match(atom, Sum(0.0, tuple(items)), context, missed, node.label)
 
-    def _no_mean(self, atom: p.Mean, given: Ref, context: Context, state: State) -> Iterator[State]:
-        """Match, to explain, another reduction as a mean."""
-        node = given.value.producer
-        lifted = reduction.lift(node, given, self.view) if node and node.op in alike(SPELLINGS["mean"]) else None
-        if node is not None and lifted is not None:
-            child, rank = lifted
-            for missed in self.matcher.miss(state, "operator", "a mean", node.key, 1, node.label):
-                yield from self.mean(atom, Reduce("mean", self.view.peel(child).ref, rank), context, missed)
+    def _other_reduction(self, atom: p.Reduction, given: Atom, context: Context, state: State) -> Iterator[State]:
+        """Match, to explain, another reduction as the one wanted."""
+        node = given.value.producer if isinstance(given, Ref) else None
+        reduced = next(_of_kind(given, self.view, Reduce), (None, 1.0))[0]
+        if reduced is None and isinstance(given, Ref) and node and node.op in alike(SPELLINGS["mean"]):
+            lifted = reduction.lift(node, given, self.view)
+            reduced = lifted and Reduce(node.key, self.view.peel(lifted[0]).ref, lifted[1])
+        if reduced is not None:
+            found, place = node.key if node else describe(reduced), self.matcher.name(given)
+            for missed in self.matcher.miss(state, "operator", f"a {atom.kind}", found, 1, place):
+                yield from self.reduction(atom, reduced, context, missed)
 
 
 def _times(states: Iterator[State], scale: float = 1.0) -> Iterator[tuple[State, float]]:

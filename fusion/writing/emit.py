@@ -284,6 +284,25 @@ class Builder:
         wide = Layout((*layout.axes, *((),) * count), layout.offsets, layout.source)
         return self.placed(Ref(captured.value, wide), self._found.dtype)
 
+    def unmoved(self, captured: Captured, letter: str) -> tuple[Operand, int]:
+        """A capture of all axes of the result, in the order in which the result lies, and the axis that a letter is.
+
+        What is computed of it in this order is returned as `lying`.
+
+        Raises:
+            Unmet: the letter stands for several axes, or the capture cannot be brought there.
+        """
+        letters, dims = self._found.state.letters, self._found.plan.captures[captured.name].dims or ()
+        order = [axis for own in letters_of(dims) for axis in letters.get(own, ())]
+        self._found.require(len(letters[letter]) == 1, f"{letter} is more than one axis")
+        return self.arranged(captured.axes(*map(order.index, range(len(order))))), letters[letter][0]
+
+    @staticmethod
+    def lying(result: New) -> New:
+        """A result that lies as the root does, whatever the order of its letters."""
+        result.lies = True
+        return result
+
     def _vector(self, captured: Captured) -> New | None:
         """A stored vector such as (1, 1, D), wanted as (D), written so; None for anything else."""
         tensor, layout = captured.value.tensor, captured.ref.layout
@@ -419,6 +438,8 @@ class Builder:
     def in_root_axes(self, result: New) -> New:
         """The result with its axes as the root has them, where the pattern's result has them in another order."""
         found = self._found
+        if result.lies:
+            return result
         if found.plan.inner:
             return self._in_root_layout(result)
         order = [axis for letter in letters_of(found.plan.dims) for axis in found.state.letters.get(letter, ())]

@@ -47,6 +47,7 @@ class New:
         tensor: the constant.
         parts: weights, each with a permutation or None, that are put together along `axis` when the model is written.
         factor: what they are multiplied by then.
+        lies: whether it lies as the root does, where the pattern's result has its axes in another order.
     """
 
     dtype: int | None
@@ -55,6 +56,7 @@ class New:
     parts: tuple[tuple[TensorProto, tuple[int, int] | None], ...] = ()
     axis: int = 0
     factor: np.ndarray[Any, Any] | None = None
+    lies: bool = False
 
 
 Operand = Value | New | None
