@@ -48,6 +48,11 @@ class Builder:
         self.inputs: list[Value] = []
 
     @property
+    def provider(self) -> str | None:
+        """Whose kernels will run; None where that is open."""
+        return self._target.provider
+
+    @property
     def microsoft(self) -> Builder:
         """The same builder for the operators of com.microsoft."""
         return self.of(MICROSOFT)

@@ -222,18 +222,39 @@ class Found:
         positions = self.state.letters[letter]
         return tuple(self.ref.layout.shape[position] for position in positions)
 
+    @property
+    def widened(self) -> list[tuple[Node, int]]:
+        """The nodes of a half-precision region that compute in a wider dtype, between casts, and in which."""
+        if self.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE):
+            return []
+        outputs = ((node, self.facts.dtype(value)) for node in self.region.core for value in node.outputs if value)
+        return [(node, dtype) for node, dtype in outputs if dtype in FLOATS and dtype != self.dtype]
+
+    @property
+    def adds_wide(self) -> bool:
+        """Whether sums of a half-precision region are computed in a wider dtype: they absorb other numbers there."""
+        return any(node.key in SPELLINGS["sum"] for node, _ in self.widened)
+
     def require_one_dtype(self) -> None:
         """A half-precision region computes in half throughout: no part of it in a wider dtype, between casts."""
-        if self.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE):
-            return
-        for node in self.region.core:
-            for value in node.outputs:
-                dtype = self.facts.dtype(value) if value is not None else None
-                if dtype in FLOATS and dtype != self.dtype:
-                    found, wanted = TensorProto.DataType.Name(dtype), TensorProto.DataType.Name(self.dtype)
-                    raise Unmet(
-                        f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label
-                    )
+        for node, dtype in self.widened:
+            raise self._wide(node, dtype)
+
+    def softmax_dtype(self) -> int:
+        """The dtype in which attention computes its softmax, and what stands beside it: float where that is wider than
+        the products around it, else that of the result.
+
+        Raises:
+            Unmet: a product is computed in another dtype than the result.
+        """
+        for node, dtype in self.widened:
+            if dtype != TensorProto.FLOAT or node.key in SPELLINGS["matmul"]:
+                raise self._wide(node, dtype)
+        return TensorProto.FLOAT if self.widened else self.dtype
+
+    def _wide(self, node: Node, dtype: int) -> Unmet:
+        found, wanted = TensorProto.DataType.Name(dtype), TensorProto.DataType.Name(self.dtype)
+        return Unmet(f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label)
 
     def least(self, letter: str) -> float:
         """The smallest size that a letter can have."""
