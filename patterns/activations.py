@@ -4,6 +4,7 @@ from math import pi
 
 from onnx import TensorProto
 
+from fusion.dims import lower, product
 from fusion.language import (
     clamp,
     either,
@@ -91,6 +92,18 @@ def stable_log_softmax(x):
     """
     d, less = x - maximum(x), x - maximum(x)
     return either(d - log(total(exp(d))), x - maximum(x) - log(total(exp(less))))
+
+
+@pattern(x="... T", bias="... T")
+def bias_softmax(x, bias):
+    """Softmax of scores and a mask or bias that is the same for some of them (Vaswani et al. 2017, section 3.2.3)."""
+    return softmax(x + bias)
+
+
+@pattern(left="... P", right="... P", bias_left="P", bias_right="P")
+def bias_split_gelu(left, right, bias_left, bias_right):
+    """One half of a projection with its bias times the Gelu of the other: GeGLU (Shazeer 2020, eq. 6)."""
+    return (left + bias_left) * gelu(right + bias_right)
 
 
 @pattern(x="... D", bias="D")
@@ -225,3 +238,26 @@ def _(found, op):
 @bias_gelu_tanh.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     return op.microsoft.FastGelu(found.x, found.bias)
+
+
+@bias_softmax.emit("ort-cuda", last=True)
+def _(found, op):
+    """The kernel reuses each row of the bias for as many rows of x in turn, or all of them again and again."""
+    x, last = found.x, found.rank - 1
+    found.require(found.state.letters["T"] == (last,), "it runs along another axis than the last")
+    found.require(all(x.depends(axis) or x.shape[axis] == 1 for axis in range(last + 1)), "x is broadcast")
+    own = [found.bias.depends(axis) for axis in range(last) if x.shape[axis] != 1]
+    again = own == sorted(own)
+    found.require(again or own == sorted(own, reverse=True), "the bias is broadcast between axes that it has")
+    found.require(lower(product(x.shape)) > 0, "the kernel divides by sizes, and one of them may be 0")
+    bias, _ = op.stored(found.bias, range, keep=1)
+    return op.microsoft.BiasSoftmax(op.arranged(x), bias, axis=last, is_inner_broadcast=int(not again))
+
+
+@bias_split_gelu.emit("ort-cuda")
+def _(found, op):
+    x, bias = found.left.appended(found.right), found.bias_left.appended(found.bias_right)
+    found.require(x is not None and bias is not None, "these are no halves of one projection and its bias")
+    wide = found.rank == 3 and found.size("P") in {1280, 2560, 5120}
+    found.require(wide, "the kernel takes (N, S, D) with D = 2560, 5120 or 10240")
+    return op.microsoft.BiasSplitGelu(op.arranged(x), op.arranged(bias))
