@@ -15,8 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fusion.captures import parse
 from fusion.dims import Dim, product
-from fusion.language import letters_of
-from fusion.layout import Layout, merge_neighbours
+from fusion.layout import Layout
 from fusion.matching.state import Entry
 from fusion.models.graph import Node, Value
 from fusion.schema import extra_attributes
@@ -27,6 +26,7 @@ from fusion.writing.beside import additive, guarded, is_causal
 from fusion.writing.cache import split_cache
 from fusion.writing.folded import folded, vector
 from fusion.writing.found import Captured, Found, New, NewNode, Operand, Unmet
+from fusion.writing.lying import in_root_axes, unmoved
 from fusion.writing.packed import packed
 from fusion.writing.place import nearest, place, rearranged, standing
 from fusion.writing.sizes import int64, item_of, sizes
@@ -297,10 +297,7 @@ class Builder:
         Raises:
             Unmet: the letter stands for several axes, or the capture cannot be brought there.
         """
-        letters, dims = self._found.state.letters, self._found.plan.captures[captured.name].dims or ()
-        order = [axis for own in letters_of(dims) for axis in letters.get(own, ())]
-        self._found.require(len(letters[letter]) == 1, f"{letter} is more than one axis")
-        return self.arranged(captured.axes(*map(order.index, range(len(order))))), letters[letter][0]
+        return unmoved(self, self._found, captured, letter)
 
     @staticmethod
     def lying(result: New) -> New:
@@ -442,33 +439,7 @@ class Builder:
 
     def in_root_axes(self, result: New) -> New:
         """The result with its axes as the root has them, where the pattern's result has them in another order."""
-        found = self._found
-        if result.lies:
-            return result
-        if found.plan.inner:
-            return self._in_root_layout(result)
-        order = [axis for letter in letters_of(found.plan.dims) for axis in found.state.letters.get(letter, ())]
-        if order == sorted(order):
-            return result
-        back = sorted(range(len(order)), key=lambda index: order[index])
-        return self.shared("Transpose", [result], None, perm=back)
-
-    def _in_root_layout(self, result: New) -> New:
-        found = self._found
-        axes = found.ref.layout.axes
-        own = []
-        for token in found.plan.dims:
-            letters = (token,) if isinstance(token, str) else token
-            own.append(tuple(f for letter in letters for axis in found.state.letters[letter] for f in axes[axis]))
-        have = Layout(tuple(map(merge_neighbours, own)), found.ref.layout.offsets, found.ref.layout.source)
-        root = found.view.root(found.root)
-        wanted = found.view.peel(root).ref.layout if root is not None else have
-        if wanted == have:
-            return result
-        made = rearranged(self, result, have, wanted)
-        if made is None:
-            raise self.unmet(f"{found.root.name} does not lie in axes that the fused node's result has", found.root)
-        return made
+        return in_root_axes(self, self._found, result)
 
     def unmet(self, text: str, value: Value) -> Unmet:
         """The error for a value that cannot be brought into the axes wanted."""
