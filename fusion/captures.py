@@ -19,7 +19,7 @@ class Capture:
     Attributes:
         kind: tensor, optional (may be absent: the neutral element), scalar (a number of the graph) or rest (everything
             else that is added to or masked out of a sum).
-        dims: its axes; None where it has the axes of the pattern's result.
+        dims: its axes; None where it has axes of its own, which the result need not have.
         loose: letters over which it may be broadcast.
         low, high: bounds of a scalar.
     """
@@ -52,6 +52,11 @@ def rest(spec: str) -> Capture:
 def scalar(low: float = -math.inf, high: float = math.inf) -> Capture:
     """A number written in the graph, low <= number <= high."""
     return Capture("scalar", (), low=low, high=high)
+
+
+def operand(*, absent: bool = False) -> Capture:
+    """An operand of an `operator`, in axes of its own; `absent`: it may be left out."""
+    return Capture("optional" if absent else "tensor")
 
 
 def parse(spec: str) -> tuple[Dims, frozenset[str]]:

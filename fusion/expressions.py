@@ -164,15 +164,29 @@ def sqrt(x: Any) -> Any:
 
 def mean(x: Any, over: str | None = None) -> Any:
     """Mean over letters such as "C S" (the last one), kept as axes of size 1. The last one may be several axes."""
+    return _reduced("mean", x, over, np.mean)
+
+
+def maximum(x: Any, over: str | None = None) -> Any:
+    """The largest number over letters, as `mean` has them."""
+    return _reduced("max", x, over, np.max)
+
+
+def total(x: Any, over: str | None = None) -> Any:
+    """The sum over letters, as `mean` has them."""
+    return _reduced("total", x, over, np.sum)
+
+
+def _reduced(kind: str, x: Any, over: str | None, compute: Callable[..., Any]) -> Any:
     letters = tuple((over or "").split())
     if isinstance(x, Expr):
         dims = x.dims or ()
         letters = letters or dims[-1:]
         for letter in letters or ("",):
             if letter not in dims or letter == ELLIPSIS:
-                raise misuse(f"mean over {letter!r}, which is no letter of {spell_axes(dims)}")
-        return Expr("reduce", (x,), dims, name="mean", letters=letters)
-    return np.mean(x, axis=tuple(range(-max(1, len(letters)), 0)), keepdims=True)
+                raise misuse(f"{kind} over {letter!r}, which is no letter of {spell_axes(dims)}")
+        return Expr("reduce", (x,), dims, name=kind, letters=letters)
+    return compute(x, axis=tuple(range(-max(1, len(letters)), 0)), keepdims=True)
 
 
 def softmax(x: Any, over: str | None = None, beside: Any = None) -> Any:
@@ -308,6 +322,20 @@ def _spread(dims: Dims, letters: tuple[str, ...]) -> Dims:
     """The spec with letters of their own in the place of `...`."""
     index = dims.index(ELLIPSIS)
     return (*dims[:index], *letters, *dims[index + 1 :])
+
+
+def operator(names: str, *operands: Any, dims: str) -> Any:
+    """What a node of one of these operators computes, along the axes `dims`: for what no formula here says.
+
+    Operands are captures declared as `operand()`, or what such nodes compute. Attributes are the emission's to look at,
+    and so are inputs that are not listed, which are constants.
+    """
+    if not all(isinstance(own, Expr) for own in operands):
+        raise misuse(f"{names} has no formula: it computes nothing on arrays")
+    for own in operands:
+        if own.kind != "operator" and not (own.kind == "var" and own.capture and own.capture.dims is None):
+            raise misuse(f"an operand of {names} is a capture declared as operand(), or another operator(...)")
+    return Expr("operator", operands, letters_of(parse(dims)[0]), name=names)
 
 
 def keep(x: Any) -> Any:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusion.captures import ELLIPSIS, Capture, Dims, letters_of, optional, rest, scalar, tensor
+from fusion.captures import ELLIPSIS, Capture, Dims, letters_of, operand, optional, rest, scalar, tensor
 from fusion.errors import PatternError
 from fusion.expressions import (
     Call,
@@ -36,8 +36,10 @@ from fusion.expressions import (
     join,
     keep,
     log,
+    maximum,
     mean,
     misuse,
+    operator,
     pieces,
     relu,
     sigmoid,
@@ -46,14 +48,15 @@ from fusion.expressions import (
     spell_axes,
     sqrt,
     tanh,
+    total,
     tracing,
     walk,
 )
 
 __all__ = [
     "ELLIPSIS", "Capture", "Dims", "Emit", "Expr", "Pattern", "along", "axes", "chain", "clamp", "concat", "either",
-    "erf", "exp", "join", "keep", "letters_of", "log", "mean", "optional", "pattern", "pieces", "relu", "rest",
-    "scalar", "sigmoid", "softmax", "sqrt", "tanh", "tensor", "walk",
+    "erf", "exp", "join", "keep", "letters_of", "log", "maximum", "mean", "operand", "operator", "optional", "pattern",
+    "pieces", "relu", "rest", "scalar", "sigmoid", "softmax", "sqrt", "tanh", "tensor", "total", "walk",
 ]  # fmt: skip
 
 
@@ -123,6 +126,11 @@ class Pattern:
         return inspect.getdoc(self.function) or ""
 
     @property
+    def is_formula(self) -> bool:
+        """Whether it says all that is computed, so that it is a reference and a generator, too."""
+        return all(expr.kind != "operator" for expr in walk(self.result))
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The targets it has an emission for."""
         return tuple(dict.fromkeys(target for emission in self.emissions for target in emission.targets))
@@ -172,7 +180,10 @@ class Pattern:
                 self._check_groups(expr)
 
     def _check_groups(self, expr: Expr) -> None:
-        """A group of a capture must be split before its letters mean anything."""
+        """A group of a capture must be split before its letters mean anything; an operand has no letters."""
+        for arg in expr.args:
+            if arg.kind == "var" and self.captures[arg.name].dims is None and expr.kind != "operator":
+                raise misuse(f"capture {arg.name!r} of {self.name} is an operand: only operator(...) takes it")
         if expr.kind in ("axes", "call", "keep", "piece"):
             return
         for arg in expr.args:
@@ -228,8 +239,7 @@ class Pattern:
         """Register how a fused node of these operators reads: node → {capture: value or number}, or None."""
 
         def register(read: Callable[..., Any]) -> Callable[..., Any]:
-            for operator in operators:
-                self.readers[operator] = read
+            self.readers |= dict.fromkeys(operators, read)
             return read
 
         return register

@@ -39,9 +39,10 @@ class Op(NamedTuple):
     child: Prod
 
 
-class Mean(NamedTuple):
-    """A mean over letters."""
+class Reduction(NamedTuple):
+    """The mean, max or total over letters."""
 
+    kind: str
     child: Prod
     letters: tuple[str, ...]
 
@@ -89,6 +90,13 @@ class Fused(NamedTuple):
         return id(self.pattern)
 
 
+class Operator(NamedTuple):
+    """A node of one of these operators, of which nothing is said but its first operands."""
+
+    names: frozenset[str]
+    operands: tuple[Prod, ...]
+
+
 class Kept(NamedTuple):
     """An interior value that is an output too."""
 
@@ -98,6 +106,8 @@ class Kept(NamedTuple):
 
 SPELLINGS: Mapping[str, frozenset[str]] = {
     "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "InstanceNormalization"}),
+    "max": frozenset({"ReduceMax"}),
+    "total": frozenset({"ReduceSum"}),
     "softmax": frozenset({"Softmax", "Exp"}),
     "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul", "Einsum"}),
     "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
@@ -143,7 +153,7 @@ class Plan:
         operators: every operator that may spell a part.
         height: how many of these may stand between an anchor and the root.
         weight: how many operators and captures the formula has.
-        reads: fused operators that it is made of.
+        reads: operators that it is made of by their names: fused ones, and those of which no formula is said.
         refines: the pattern that the result is a call of, opened: it matches wherever this plan does.
     """
 
@@ -273,7 +283,7 @@ class _Builder:
         if expr.kind == "op":
             return leaf(Op(expr.name, self.factor(args[0], frame)))
         if expr.kind == "reduce":
-            return leaf(Mean(self.factor(args[0], frame), letters))
+            return leaf(Reduction(expr.name, self.factor(args[0], frame), letters))
         if expr.kind == "softmax":
             terms = [self.factor(arg, frame) for arg in args]
             return leaf(Softmax(terms[0], letters, *terms[1:]))
@@ -290,6 +300,10 @@ class _Builder:
             parts = tuple(self.factor(arg, frame) for arg in args)
             ends = tuple(frame.letters.get(end, (end,))[0] for end in expr.letters)
             return leaf(Concat(parts, ends, frame.renamed(expr.tokens or ())))
+        if expr.kind == "operator":
+            names = expr.name.split()
+            self.reads.update(names)
+            return leaf(Operator(frozenset(names), tuple(self.factor(arg, frame) for arg in args)))
         if expr.kind == "either":
             return self.factor(args[self.decide(len(args))], frame)
         return self._call(expr, frame)
@@ -366,7 +380,7 @@ def children(atom: Atom) -> Iterator[Prod]:
     elif isinstance(atom, Sum):
         for item in atom.items:
             yield Prod(item.coef, item.factors)
-    elif isinstance(atom, Op | Mean | Kept):
+    elif isinstance(atom, Op | Reduction | Kept):
         yield atom.child
     elif isinstance(atom, Softmax):
         yield from (term for term in (atom.child, atom.beside) if term is not None)
@@ -375,6 +389,8 @@ def children(atom: Atom) -> Iterator[Prod]:
         yield atom.right
     elif isinstance(atom, Join | Concat):
         yield from atom.parts
+    elif isinstance(atom, Operator):
+        yield from atom.operands
     elif isinstance(atom, Fused):
         for _, argument in atom.arguments:
             if argument is not None:
@@ -399,7 +415,7 @@ def _height(term: Prod) -> int:
     """The longest chain of operators that are not arithmetic."""
     tallest = 0
     for atom, _ in term.factors:
-        own = 1 if isinstance(atom, Op | Mean | Softmax | MatMul | Join | Concat | Fused) else 0
+        own = 1 if isinstance(atom, Op | Reduction | Softmax | MatMul | Join | Concat | Operator | Fused) else 0
         own += 2 if isinstance(atom, Softmax) and atom.beside is not None else 0  # what puts it there, and cuts it off
         tallest = max([tallest, own, *(own + _height(child) for child in children(atom))])
     return tallest
@@ -414,8 +430,8 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
                 yield SPELLINGS["root"]
             if isinstance(atom, Op):
                 yield SPELLINGS.get(atom.name, frozenset({atom.name}))
-            elif isinstance(atom, Mean):
-                yield SPELLINGS["mean"]
+            elif isinstance(atom, Reduction):
+                yield SPELLINGS[atom.kind]
             elif isinstance(atom, Softmax):
                 yield SPELLINGS["softmax"]
                 if atom.beside is not None:
@@ -425,6 +441,8 @@ def _anchors(term: Prod) -> Iterator[frozenset[str]]:
                 yield SPELLINGS["matmul"]
             elif isinstance(atom, Join | Concat):
                 yield SPELLINGS["concat"]
+            elif isinstance(atom, Operator):
+                yield atom.names
             elif isinstance(atom, Fused):
                 yield frozenset(atom.pattern.readers)
         level = [child for current in level for atom, _ in current.factors for child in children(atom)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fusion.patterns import activations, attention, linear, norms, rotary
+from fusion.patterns import activations, attention, convolutions, linear, norms, rotary, softmax
 
 from fusion.language import Pattern
 
-MODULES = (activations, norms, linear, rotary, attention)
+MODULES = (activations, softmax, norms, linear, convolutions, rotary, attention)
 
 
 def registry() -> dict[str, Pattern]:

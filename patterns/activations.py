@@ -4,7 +4,7 @@ from math import pi
 
 from onnx import TensorProto
 
-from fusion.language import clamp, either, erf, exp, log, pattern, relu, scalar, sigmoid, softmax, sqrt, tanh
+from fusion.language import clamp, either, erf, exp, log, pattern, relu, scalar, sigmoid, sqrt, tanh
 from fusion.schema import attribute
 
 
@@ -62,10 +62,10 @@ def hard_swish(x):
     return x * clamp(x / 6 + 0.5)
 
 
-@pattern(x="... T")
-def stable_softmax(x):
-    """exp(x - max(x)) / Σ exp(x - max(x)) along the last axis (Bridle 1990, eq. 2): a softmax, written out."""
-    return softmax(x)
+@pattern(left="... P", right="... P", bias_left="P", bias_right="P")
+def bias_split_gelu(left, right, bias_left, bias_right):
+    """One half of a projection with its bias times the Gelu of the other: GeGLU (Shazeer 2020, eq. 6)."""
+    return (left + bias_left) * gelu(right + bias_right)
 
 
 @pattern(x="... D", bias="D")
@@ -173,12 +173,6 @@ def _(found, op):
     return op.HardSwish(found.x)
 
 
-@stable_softmax.emit("onnx", "ort-cpu", "ort-cuda", last=True)
-def _(found, op):
-    found.require(found.state.letters["T"] == (found.rank - 1,), "it runs along another axis than the last")
-    return op.guarded(op.Softmax(op.arranged(found.x), axis=-1))
-
-
 @bias_gelu.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     return op.microsoft.BiasGelu(found.x, found.bias)
@@ -187,3 +181,12 @@ def _(found, op):
 @bias_gelu_tanh.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     return op.microsoft.FastGelu(found.x, found.bias)
+
+
+@bias_split_gelu.emit("ort-cuda")
+def _(found, op):
+    x, bias = found.left.appended(found.right), found.bias_left.appended(found.bias_right)
+    found.require(x is not None and bias is not None, "these are no halves of one projection and its bias")
+    wide = found.rank == 3 and found.size("P") in {1280, 2560, 5120}
+    found.require(wide, "the kernel takes (N, S, D) with D = 2560, 5120 or 10240")
+    return op.microsoft.BiasSplitGelu(op.arranged(x), op.arranged(bias))

@@ -91,8 +91,9 @@ def _standard(found, op, past=(), *, hidden_rows=True):
     cap = getattr(found, "cap", None)
     scale = found.scale if cap is None else found.scale * cap
     found.require(scale > 0.0, "the operator takes roots of the scale, and reads 0 as none given")
-    found.require_one_dtype()
+    softmax_in = found.softmax_dtype()
     bias, flags = _masks(found, op, "is_causal", past)
+    found.require(bias is None or not found.adds_wide, "masks are added in float, by the operator in half precision")
     found.require(
         hidden_rows or bias is None,
         "onnxruntime's kernel gives 0 in rows masked everywhere, the standard gives their mean",
@@ -102,13 +103,23 @@ def _standard(found, op, past=(), *, hidden_rows=True):
     heads = {"q_num_heads": found.size("H"), "kv_num_heads": shared, "scale": scale}
     if cap is not None:
         heads["softcap"] = abs(cap)
+    if softmax_in != found.dtype:
+        heads["softmax_precision"] = softmax_in
     attended, *present = op.Attention(_queries(found, op), k, v, bias, *caches, outputs=3, **heads, **flags)
     return op.guarded(attended), *present[: len(past)]
 
 
+def _require_wide(found, op, bias, flags):
+    """Whatever kernel is chosen at run time computes a softmax in float that the model computes so.
+
+    TensorRT's, which sum in half precision with CUDA, take neither a bias nor a causal mask.
+    """
+    safe = found.softmax_dtype() == found.dtype or op.provider != "CUDAExecutionProvider" or bias or flags
+    found.require(bool(safe), "without a mask a kernel may compute the softmax in half precision")
+
+
 def _multi_head(found, op, past=()):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
-    found.require_one_dtype()
     forms = [[(found.k, "B T (H D)"), (found.v, "B T (H E)")]]
     alike = found.k.shape[2] == found.v.shape[2]
     if alike:  # the kernel takes keys and values by head where their sizes are equal
@@ -117,6 +128,7 @@ def _multi_head(found, op, past=()):
     q, (k, v) = _queries(found, op), op.fewest(*forms)
     caches = op.fewest(list(zip(past, ("B H T D", "B H T E"), strict=False)))
     bias, flags = _masks(found, op, "unidirectional", past)
+    _require_wide(found, op, bias, flags)
     heads = {"num_heads": found.size("H"), "scale": found.scale}
     operands = (q, k, v, None, None, bias, *caches)
     attended, *present = op.microsoft.MultiHeadAttention(*operands, outputs=3, **heads, **flags)
@@ -228,11 +240,11 @@ multi_head_attention.emit("ort-cpu", "ort-cuda")(_multi_head)
 @self_attention.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.scale != 0.0, "the kernel reads a scale of 0 as none given")
-    found.require_one_dtype()
     weights = op.packed(found.wq, found.wk, found.wv, axis=1)
     biases = op.packed(found.bq, found.bk, found.bv, axis=0, absent=(found.wq, found.wk, found.wv))
     heads = {"num_heads": found.size("H"), "scale": found.scale}
     if found.wq.shape[1] != found.wv.shape[1]:
         heads["qkv_hidden_sizes"] = [capture.shape[1] for capture in (found.wq, found.wk, found.wv)]
     bias, flags = _masks(found, op, "unidirectional")
+    _require_wide(found, op, bias, flags)
     return op.guarded(op.microsoft.Attention(found.x, weights, biases, None, None, bias, **heads, **flags))

@@ -123,8 +123,7 @@ def test_a_clip_that_does_not_start_at_0_is_named():
 def quotient(b, x, axis=-1, *, form="Div", shift=True, over=None):
     """exp(x - max(x)) / sum(exp(x - max(x))), as it is written where there is no Softmax."""
     power = b.node("Exp", b.sub(x, b.max_over(x, (axis,))) if shift else x)
-    axes = np.array([axis if over is None else over])
-    total = b.node("ReduceSum", power, axes, keepdims=1)
+    total = b.sum(power, (axis if over is None else over,))
     return b.div(power, total) if form == "Div" else b.mul(b.node("Reciprocal", total), power)
 
 
@@ -155,12 +154,61 @@ def test_a_maximum_before_a_softmax_is_not_needed():
     assert operators(same(b.model(y), {"x": numbers(2, 3, 5)}).model) == {"Softmax": 1}
 
 
-def test_a_softmax_over_another_axis_than_the_last_is_left():
-    b = Build()
-    model = b.model(quotient(b, b.input("x", ["N", "S", 5]), axis=1))
-    assert same(model, {"x": numbers(2, 3, 5)}).counts == {}
-    (place,) = fusion.why(model, "stable_softmax").places
-    assert [miss.text for miss in place.misses] == ["it runs along another axis than the last"]
+@pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_softmax_over_another_axis_than_the_last(axis, op):
+    """From opset 13 on there is one along any axis; below, the operator flattens."""
+    for opset in (11, 17):
+        b = Build(opset)
+        x = b.input("x", ["N", 3, 5])
+        y = quotient(b, x, axis=axis) if op == "Softmax" else log_softmax(b, x, axis=axis)
+        result = same(b.model(y), {"x": numbers(2, 3, 5)})
+        assert operators(result.model)[op] == (opset > 11)
+        assert opset > 11 or "flattens" in str(result.near_misses) or op == "Softmax"
+
+
+def log_softmax(b, x, axis=-1, *, form="shared", over=None):
+    """x - max(x) - log(sum(exp(x - max(x))))."""
+    shifted = b.sub(x, b.max_over(x, (axis,)))
+    log = b.node("Log", b.sum(b.node("Exp", shifted), (axis,)))
+    if form == "shared":
+        return b.sub(shifted, log)
+    top = b.max_over(x, (axis if over is None else over,))
+    return b.sub(x, b.add(log, top)) if form == "together" else b.sub(b.sub(x, top), log)
+
+
+@pytest.mark.parametrize("form", ["shared", "together", "apart"])
+@pytest.mark.parametrize("dims", [["N", "S", 5], [2, 3, 5], ["N", "S", "T"]])
+@pytest.mark.parametrize("opset", [11, 13, 18, 20])
+def test_a_log_softmax_written_out(opset, dims, form):
+    """Finite at probabilities that are 0, and what it is where a number is infinite."""
+    b = Build(opset)
+    feeds = [{"x": numbers(2, 3, 5, seed=seed) * scale} for seed, scale in ((1, 1.0), (2, 300.0))]
+    odd = numbers(2, 3, 5, seed=3)
+    odd[0, 0, :], odd[0, 1, 2], odd[0, 2, 1], odd[1, 0, 0] = -np.inf, np.inf, np.nan, -np.inf
+    result = same(b.model(log_softmax(b, b.input("x", dims), form=form)), [*feeds, {"x": odd}])
+    assert operators(result.model) == {"LogSoftmax": 1}
+    x = feeds[1]["x"].astype(np.float64)
+    d = x - x.max(-1, keepdims=True)
+    (got,) = run(result.model, feeds[1]).values()
+    np.testing.assert_allclose(got, d - np.log(np.exp(d).sum(-1, keepdims=True)), rtol=1e-5, atol=1e-4)
+    assert got.min() < -600
+
+
+def test_what_is_no_log_softmax():
+    """The logarithm of a softmax is -inf where that is 0; other maxima overflow elsewhere, or shift the result."""
+    for form in ("log", "over", "sum"):
+        b = Build()
+        x = b.input("x", [4, 4])
+        if form == "log":
+            y = b.node("Log", b.softmax(x, axis=-1))
+        elif form == "over":
+            y = log_softmax(b, x, form="apart", over=0)
+        else:
+            d = b.sub(x, b.max_over(x))
+            y = b.sub(d, b.node("Log", b.sum(b.node("Exp", d), (0,))))
+        result = same(b.model(y), {"x": numbers(4, 4) * 100})
+        assert "LogSoftmax" not in operators(result.model)
 
 
 def test_a_nan_guard_behind_it_stays():

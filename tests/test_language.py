@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fusion.errors import PatternError
-from fusion.language import along, axes, erf, keep, mean, optional, pattern, scalar, softmax, sqrt
+from fusion.language import along, axes, erf, keep, mean, operand, operator, optional, pattern, scalar, softmax, sqrt
+from fusion.testing import instances
 
 
 def declare(function, **captures):
@@ -65,6 +66,12 @@ MISUSES = {
     "must have the same letters on both sides": (
         lambda: declare(lambda_named("f", "x", "axes(x, 'B S -> B T')"), x="B S")
     ),
+    "capture 'x' of f is an operand: only operator(...) takes it": lambda: declare(
+        lambda_named("f", "x", "x + 1"), x=operand()
+    ),
+    "an operand of Conv is a capture declared as operand()": lambda: declare(
+        lambda_named("f", "x", "operator('Conv', x, dims='N C ...')"), x="N C ..."
+    ),
     "opens a bracket that it does not close": lambda: declare(lambda_named("f", "x", "x"), x="B (H D"),
     "'2B' is no dimension": lambda: declare(lambda_named("f", "x", "x"), x="2B S"),
     "an exponent is a number, not a capture": (
@@ -81,7 +88,8 @@ NORM = pattern(x="... D", scale=optional("D"))(lambda x, scale: x / mean(x) * sc
 
 
 def lambda_named(name, parameters, body):
-    scope = {"mean": mean, "axes": axes, "keep": keep, "erf": erf, "softmax": softmax, "along": along, "NORM": NORM}
+    known = (mean, axes, keep, erf, softmax, along, operator)
+    scope = {"NORM": NORM} | {function.__name__: function for function in known}
     exec(f"def {name}({parameters}):\n    return {body}", scope)
     return scope[name]
 
@@ -92,3 +100,14 @@ def test_misuse_fails_at_import_with_place_and_reason(message):
         MISUSES[message]()
     assert caught.value.path
     assert caught.value.line > 0
+
+
+def test_an_operator_without_a_formula_computes_nothing_and_has_no_instances():
+    @pattern(x=operand(), bias="C")
+    def biased(x, bias):
+        return operator("Conv", x, dims="N C ...") + bias
+
+    with pytest.raises(PatternError, match="Conv has no formula"):
+        biased(np.zeros((1, 1, 2, 2)), np.zeros(1))
+    with pytest.raises(PatternError, match="instances of it cannot be drawn"):
+        next(instances(biased))

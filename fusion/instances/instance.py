@@ -11,6 +11,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, printer
 
 from fusion import plan as p
+from fusion.errors import PatternError
 from fusion.instances.sample import Array, Mask, Sizes, draw_array, draw_number, draw_rest, draw_sizes, is_parameter
 from fusion.instances.spell import Beside, Captures, Given, Speller, atoms, fill_in
 from fusion.language import ELLIPSIS, Capture, Dims, Pattern
@@ -74,6 +75,8 @@ def draw_instance(pattern: Pattern, draw: Draw, *, opset: int = 17, dtype: int =
         opset: of the standard operators.
         dtype: element type (TensorProto.DataType).
     """
+    if not pattern.is_formula:
+        raise PatternError(f"{pattern.name} has operators without a formula: instances of it cannot be drawn")
     plans = [plan for plan in plans_of(pattern) if not any(isinstance(a, p.Fused) for a in atoms(plan.root))]
     return _Drawing(draw.choose(*plans), draw, opset, dtype).instance()
 

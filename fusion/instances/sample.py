@@ -145,7 +145,7 @@ def _sums(plan: Plan) -> dict[str, list[tuple[str, ...]]]:
 
 def _several(plan: Plan, specs: Sequence[Dims]) -> set[str]:
     """Letters that may stand for several axes: those a mean runs over, and nothing splits or contracts."""
-    over = {letter for atom in atoms(plan.root) if isinstance(atom, p.Mean) for letter in atom.letters}
+    over = {letter for atom in atoms(plan.root) if isinstance(atom, p.Reduction) for letter in atom.letters}
     whole = {letter for atom in atoms(plan.root) if isinstance(atom, p.MatMul | p.Softmax) for letter in atom.letters}
     grouped = {letter for dims in specs for token in dims if not isinstance(token, str) for letter in token}
     return over - whole - grouped
@@ -154,7 +154,8 @@ def _several(plan: Plan, specs: Sequence[Dims]) -> set[str]:
 def _fixed(plan: Plan, specs: Sequence[Dims]) -> set[str]:
     """Letters whose size exporters write down: features, not batches and positions."""
     fixed = {letter for dims in specs for token in dims if not isinstance(token, str) for letter in token}
-    fixed |= {letter for atom in atoms(plan.root) if isinstance(atom, p.Mean | p.Concat) for letter in atom.letters}
+    known = (atom for atom in atoms(plan.root) if isinstance(atom, p.Reduction | p.Concat))
+    fixed |= {letter for atom in known for letter in atom.letters}
     for capture in plan.captures.values():
         if is_parameter(capture, plan.dims):
             fixed.update(letters_of(capture.dims or ()))

@@ -162,7 +162,7 @@ class Speller:
                 found.update(self._variable(atom).labels)
             else:
                 inner = set().union(*(self.labels_in(child) for child in p.children(atom)))
-                found |= inner - set(self.labels(atom.letters)) if isinstance(atom, p.Mean | p.MatMul) else inner
+                found |= inner - set(self.labels(atom.letters)) if isinstance(atom, p.Reduction | p.MatMul) else inner
         return found
 
     def contraction_of(self, item: Item) -> p.MatMul | None:
@@ -205,7 +205,7 @@ class Speller:
         if isinstance(atom, p.Op):
             operand = self.value(atom.child)
             return self.writer.node(atom.name, [operand], operand.axes), coef
-        if isinstance(atom, p.Mean):
+        if isinstance(atom, p.Reduction):
             return reduction.spell(atom, self), coef
         if isinstance(atom, p.Softmax):
             return softmax.spell(atom, self), coef
@@ -272,7 +272,7 @@ def _filled(atom: Atom, numbers: Mapping[str, float], absent: Collection[str]) -
     if isinstance(atom, Group):
         product = inside(atom.product)
         return product if product.single is not None or not product.factors else leaf(Group(product))
-    if isinstance(atom, p.Op | p.Mean | p.Kept):
+    if isinstance(atom, p.Op | p.Reduction | p.Kept):
         return leaf(atom._replace(child=inside(atom.child)))
     if isinstance(atom, p.Softmax):
         return leaf(atom._replace(child=inside(atom.child), beside=atom.beside and inside(atom.beside)))

@@ -8,13 +8,13 @@ from fusion.dims import product
 from fusion.laws import powers
 from fusion.laws.arrange import arrange, ones
 from fusion.schema import attribute, axes
-from fusion.terms import Prod, Reduce, Ref, leaf, multiply, number, power
+from fusion.terms import Atom, Prod, Reduce, Ref, leaf, multiply, number, power
 
 if TYPE_CHECKING:
     from fusion.instances.spell import Speller
     from fusion.laws.writer import Axes, Written
     from fusion.models.graph import Node
-    from fusion.plan import Mean
+    from fusion.plan import Reduction
     from fusion.view import View
 
 COUNTED = frozenset({"ReduceSum", "ReduceSumSquare", "ReduceL2"})
@@ -62,15 +62,27 @@ def lift(node: Node, ref: Ref, view: View) -> tuple[Ref, int] | None:
     return Ref(value, ref.layout.remap(shape, axis_of, extra=sorted(reduced))), len(reduced)
 
 
+def total(atom: Atom, view: View) -> tuple[Reduce, float] | None:
+    """The sum that a factor is, and how often: the mean of so many numbers, or a ReduceSum of nobody knows how many."""
+    if isinstance(atom, Reduce):
+        count = product(atom.child.layout.shape[-atom.rank :]) if isinstance(atom.child, Ref) else None
+        return (atom._replace(kind="total"), 1.0 / count) if atom.kind == "mean" and isinstance(count, int) else None
+    node = atom.value.producer if isinstance(atom, Ref) else None
+    lifted = lift(node, atom, view) if isinstance(atom, Ref) and node is not None and node.key == "ReduceSum" else None
+    return None if lifted is None else (Reduce("total", view.peel(lifted[0]).ref, lifted[1]), 1.0)
+
+
 # -- spelling ---------------------------------------------------------------------------------------------------------
 
 
-def spell(atom: Mean, speller: Speller) -> Written:
+def spell(atom: Reduction, speller: Speller) -> Written:
     """Write a mean as ReduceMean, or as a sum, sum of squares or squared norm over the count where that is known."""
     draw, writer = speller.draw, speller.writer
     labels = speller.labels(atom.letters)
-    count = writer.extent(labels)
     term = atom.child
+    if atom.kind != "mean":
+        return reduce("ReduceMax" if atom.kind == "max" else "ReduceSum", speller.value(term), labels, speller)
+    count = writer.extent(labels)
     squared = len(term.factors) == 1 and term.factors[0][1] == 2.0 and term.coef == 1.0
     if count is None or not draw.chance(4):
         return reduce("ReduceMean", speller.value(term), labels, speller)

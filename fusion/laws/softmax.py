@@ -11,7 +11,7 @@ from fusion.laws import guards, pieces, reduction, ring
 from fusion.laws.arrange import arrange
 from fusion.layout import Layout, merge_neighbours
 from fusion.schema import axes
-from fusion.terms import Atom, Prod, Reduce, Ref, Sum
+from fusion.terms import Prod, Reduce, Ref, Sum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,30 +53,15 @@ def _quotient(term: Prod, view: View) -> tuple[Ref, int] | None:
     node = power.value.producer if isinstance(power, Ref) else None
     if not isinstance(power, Ref) or node is None or node.key != "Exp":
         return None
-    summed, scores = _summed(total, term.coef, view), view.operand(power, node, 0)
+    summed, scores = reduction.total(total, view), view.operand(power, node, 0)
     shape = power.layout.source
-    if scores is None or summed is None:
+    if scores is None or summed is None or summed[0].rank != 1 or not math.isclose(term.coef, summed[1]):
         return None
     for axis in range(len(shape)):
         kept: list[int | None] = [None if own == axis else own for own in range(len(shape))]
-        if summed == Ref(power.value, power.layout.remap(shape, kept, extra=[axis])):
+        if summed[0].child == Ref(power.value, power.layout.remap(shape, kept, extra=[axis])):
             return scores, axis
     return None
-
-
-def _summed(total: Atom, coef: float, view: View) -> Ref | None:
-    """What `total` / `coef` sums over one coordinate axis, which is appended; None where it is no such sum."""
-    if isinstance(total, Reduce):
-        child = total.child
-        if total.kind != "mean" or total.rank != 1 or not isinstance(child, Ref):
-            return None
-        count = child.layout.shape[-1]
-        return child if isinstance(count, int) and math.isclose(coef * count, 1.0) else None
-    node = total.value.producer if isinstance(total, Ref) else None
-    if not isinstance(total, Ref) or node is None or node.key != "ReduceSum" or coef != 1.0:
-        return None
-    lifted = reduction.lift(node, total, view)
-    return view.peel(lifted[0]).ref if lifted is not None and lifted[1] == 1 else None
 
 
 def without_maximum(ref: Ref, view: View, positions: Sequence[int]) -> Ref:

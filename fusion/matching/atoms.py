@@ -11,6 +11,7 @@ from fusion import plan as p
 from fusion.language import letters_of
 from fusion.laws import guards, linear, reduction, ring, softmax
 from fusion.layout import Layout
+from fusion.matching.describe import describe
 from fusion.matching.state import Context, Entry, State
 from fusion.models.graph import Node
 from fusion.plan import SPELLINGS, UNARY, Plan, alike, is_clamp
@@ -55,13 +56,11 @@ class Atoms:
                 yield from self._grouped(core, given, context, alone)
             if self.record and isinstance(given, Ref):
                 yield from self.no_sum(atom, given, context, state)
-        elif isinstance(atom, p.Mean):
-            for reduced, scale in _of_kind(given, self.view, Reduce):
-                if reduced.kind == "mean":
-                    yield from _times(self.mean(atom, reduced, context, state), scale)
-                    return
-            if self.record and isinstance(given, Ref):
-                yield from _times(self._no_mean(atom, given, context, state))
+        elif isinstance(atom, p.Reduction):
+            if (found := self._reduction(atom.kind, given)) is not None:
+                yield from _times(self.reduction(atom, found[0], context, state), found[1])
+            elif self.record:
+                yield from _times(self._other_reduction(atom, given, context, state))
         elif isinstance(atom, p.MatMul):
             for contraction, scale in _of_kind(given, self.view, Contract):
                 yield from _scaled(self.matmul(atom, contraction, context, state, free), scale)
@@ -74,6 +73,8 @@ class Atoms:
                 yield from _times(self.operator(atom, node, given, context, state))
             elif isinstance(atom, p.Softmax) and node is not None:
                 yield from _times(self.softmax(atom, node, given, context, state))
+            elif isinstance(atom, p.Operator) and node is not None:
+                yield from _times(self.result_of(atom, node, given, context, state))
             elif isinstance(atom, p.Fused) and node is not None:
                 yield from _times(self.fused(atom, node, given, context, state))
 
@@ -215,8 +216,16 @@ class Atoms:
         for matched in self.softmax(atom, ref.value.producer, ref, context, state):
             yield from spine.outermost(Entry("zero", condition, 1.0, keep), matched)
 
-    def mean(self, atom: p.Mean, given: Reduce, context: Context, state: State) -> Iterator[State]:
-        """A mean; inside it the letters stand for the axes reduced."""
+    def _reduction(self, kind: str, given: Atom) -> tuple[Reduce, float] | None:
+        """The reduction of this kind that a factor is, and the number it is multiplied by."""
+        reduced, scale = next(_of_kind(given, self.view, Reduce), (None, 1.0))
+        if kind == "total":
+            found = reduction.total(given if reduced is None else reduced, self.view)
+            return found and (found[0], scale * found[1])
+        return (reduced, scale) if reduced is not None and reduced.kind == kind else None
+
+    def reduction(self, atom: p.Reduction, given: Reduce, context: Context, state: State) -> Iterator[State]:
+        """A mean, maximum or sum; inside it the letters stand for the axes reduced."""
         child = given.child
         first = child if isinstance(child, Ref) else next(references(child), None)
         letter = atom.letters[-1]
@@ -248,10 +257,11 @@ class Atoms:
         states: Iterator[State] = iter((bound,))
         if len(outside) != len(inside):
             states = self.matcher.miss(
-                state, "dimension", f"a mean over {name}", f"{given.rank} axes", 1, first.value.name
+                state, "dimension", f"a {atom.kind} over {name}", f"{given.rank} axes", 1, first.value.name
             )
         elif any(first.layout.depends(axis) for axis in outside):
-            states = self.matcher.miss(state, "dimension", f"a mean over {name}", "another axis", 1, first.value.name)
+            wanted = f"a {atom.kind} over {name}"
+            states = self.matcher.miss(state, "dimension", wanted, "another axis", 1, first.value.name)
         for current in states:
             over = None if context or current is bound else self._over(first, outside)
             if over is not None and isinstance(child, Ref):
@@ -316,6 +326,26 @@ class Atoms:
             states = following
         yield from states
 
+    def result_of(self, atom: p.Operator, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
+        """The first output of a node of one of these operators, as it lies; its operands are in axes of their own."""
+        states: list[State] = [state]
+        if node.key not in atom.names or given.value.slot != 0:
+            lost = self.matcher.lost(atom)
+            states = list(self.matcher.miss(state, "operator", describe(atom), node.key, lost, node.label))
+            yield from states
+            return
+        if not given.layout.is_identity:
+            place = given.value.name
+            states = list(self.matcher.miss(state, "dimension", f"{node.key} as it lies", "rearranged", 1, place))
+        for slot, operand in enumerate(atom.operands):
+            value = node.input(slot)
+            ref = None if value is None else self.view.root(value)
+            if ref is not None:
+                states = [own for current in states for own in self.matcher.child(operand, ref, context, current)]
+            elif value is not None or not _may_be_absent(operand, self.plan):
+                return
+        yield from states
+
     def _trailing(self, letter: str, count: int, context: Context, state: State, node: Node) -> Iterator[State]:
         """Let a letter stand for the last `count` axes of the result."""
         known = context.get(letter, state.letters.get(letter))
@@ -346,14 +376,17 @@ class Atoms:
         for missed in self.matcher.miss(state, "operator", "a sum", node.key, 1, node.label):
             yield from self.matcher.sums.match(atom, Sum(0.0, tuple(items)), context, missed, node.label)
 
-    def _no_mean(self, atom: p.Mean, given: Ref, context: Context, state: State) -> Iterator[State]:
-        """Match, to explain, another reduction as a mean."""
-        node = given.value.producer
-        lifted = reduction.lift(node, given, self.view) if node and node.op in alike(SPELLINGS["mean"]) else None
-        if node is not None and lifted is not None:
-            child, rank = lifted
-            for missed in self.matcher.miss(state, "operator", "a mean", node.key, 1, node.label):
-                yield from self.mean(atom, Reduce("mean", self.view.peel(child).ref, rank), context, missed)
+    def _other_reduction(self, atom: p.Reduction, given: Atom, context: Context, state: State) -> Iterator[State]:
+        """Match, to explain, another reduction as the one wanted."""
+        node = given.value.producer if isinstance(given, Ref) else None
+        reduced = next(_of_kind(given, self.view, Reduce), (None, 1.0))[0]
+        if reduced is None and isinstance(given, Ref) and node and node.op in alike(SPELLINGS["mean"]):
+            lifted = reduction.lift(node, given, self.view)
+            reduced = lifted and Reduce(node.key, self.view.peel(lifted[0]).ref, lifted[1])
+        if reduced is not None:
+            found, place = node.key if node else describe(reduced), self.matcher.name(given)
+            for missed in self.matcher.miss(state, "operator", f"a {atom.kind}", found, 1, place):
+                yield from self.reduction(atom, reduced, context, missed)
 
 
 def _times(states: Iterator[State], scale: float = 1.0) -> Iterator[tuple[State, float]]:

@@ -8,8 +8,6 @@ from fusion.terms import Atom, Contract, Item, Reduce, Ref, Sum
 
 WORDS: dict[type, str] = {
     Sum: "a sum",
-    p.Mean: "a mean",
-    Reduce: "a mean",
     p.MatMul: "a MatMul",
     Contract: "a MatMul",
     p.Softmax: "Softmax",
@@ -29,6 +27,10 @@ def describe(atom: Atom, exponent: float = 1.0) -> str:
         text = f"{node.op}({atom.value.name})" if node is not None else atom.value.name
     elif isinstance(atom, p.Var | p.Op):
         text = atom.name
+    elif isinstance(atom, p.Reduction | Reduce):
+        text = f"a {atom.kind}"
+    elif isinstance(atom, p.Operator):
+        text = " or ".join(sorted(atom.names))
     elif isinstance(atom, p.Fused):
         text = " or ".join(atom.pattern.readers)
     else:

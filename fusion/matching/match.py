@@ -184,6 +184,10 @@ class Matcher:
             yield from parts.match_join(self, single, given, context, state)
         elif isinstance(single, p.Concat) and isinstance(given, Ref):
             yield from parts.match_concat(self, single, given, context, state)
+        elif isinstance(single, p.Operator) and isinstance(given, Ref):
+            ref = self.view.source(given)  # not expanded: a law may read the operator
+            if ref.value.producer is not None:
+                yield from self.atoms.result_of(single, ref.value.producer, ref, context, state)
         elif isinstance(single, Sum) and isinstance(given, Ref) and (spine := self.spine(single, context)):
             yield from spine.walk(given, 1.0, (), state)
         elif isinstance(given, Ref):
@@ -257,6 +261,11 @@ class Matcher:
             return
         if variable.piece is not None:
             yield from parts.bind_piece(self, variable, given, context, state)
+            return
+        if capture.dims is None:
+            bound = state.copy()
+            bound.bound[name] = given
+            yield bound
             return
         ref = self.view.source(given)
         viewed = self.axes.view(ref.layout, variable.dims, capture.loose, context, state)

@@ -125,7 +125,7 @@ class Products:
                 optional += self.plan.captures[atom.name].kind != "tensor"
         formulas += kept
         most = len(formulas) + len(variables)
-        values = (p.Op, p.Softmax, p.Fused, p.Kept)
+        values = (p.Op, p.Softmax, p.Operator, p.Fused, p.Kept)
         opened = sum(not isinstance(atom, values) or is_clamp(atom) for atom, _ in formulas)
         parts = ProductPlan(formulas, variables, scalar, most - optional, most, opened)
         self._known[id(factors)] = factors, parts

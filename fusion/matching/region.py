@@ -65,7 +65,7 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
             return Miss("privacy", f"{node.label} is in another scope than {root.name}", Verdict.NO, 1, node.label)
         data = node.inputs[0] if node.inputs else None
         output = node.outputs[0] if node.outputs else None
-        if node is producer or data is None or output is None or not view.rearranges(node):
+        if node is producer or data is None or output is None or not (node.key == "Pad" or view.rearranges(node)):
             continue
         if data in stops or data in kept or data.producer in prefix:
             prefix[node] = None

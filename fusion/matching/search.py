@@ -258,6 +258,8 @@ def _tops(plan: Plan) -> Container[str]:
     single = plan.root.single
     if isinstance(single, p.MatMul):
         return SPELLINGS["matmul"]
+    if isinstance(single, p.Operator):
+        return single.names
     if isinstance(single, p.Fused):
         return single.pattern.readers
     if isinstance(single, p.Op):

@@ -67,7 +67,7 @@ class Sums:
         kinds = [(item, _variable(item), self._kind(item)) for item in term.items]
         formulas = [item for item, _, kind in kinds if kind == "formula"]
         formulas.sort(
-            key=lambda item: not any(isinstance(atom, p.Mean) for atom, _ in item.factors)
+            key=lambda item: not any(isinstance(atom, p.Reduction) for atom, _ in item.factors)
         )  # they bind letters
         variables = [(own, item.coef) for item, own, kind in kinds if own is not None and kind != "scalar"]
         scalars = [(own, item.coef) for item, own, kind in kinds if own is not None and kind == "scalar"]

@@ -1,4 +1,4 @@
-"""Derived initializers: packed weights, worked out from other initializers while they are written, one at a time."""
+"""Derived initializers: weights packed or multiplied while they are written, one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Recipe(Store):
-    """A store whose bytes are the concatenation of tensors; see `Model.derive`.
+    """A store whose bytes are the concatenation of tensors, times a factor; see `Model.derive`.
 
     Attributes:
         shape: of the result.
@@ -28,6 +28,7 @@ class Recipe(Store):
         axis: int,
         transpose: Sequence[Sequence[int] | None] | None,
         array: Callable[[TensorProto], Array],
+        factor: Array | None = None,
     ) -> None:
         super().__init__()
         types = {part.data_type for part in parts}
@@ -52,7 +53,10 @@ class Recipe(Store):
         if len({(*dims[: self.axis], None, *dims[self.axis + 1 :]) for dims in shapes}) > 1:
             raise ValueError(f"shapes {shapes} differ beside axis {self.axis}")
         self.shape = (*shape[: self.axis], sum(dims[self.axis] for dims in shapes), *shape[self.axis + 1 :])
+        if factor is not None and np.broadcast_shapes(self.shape, factor.shape) != self.shape:
+            raise ValueError(f"a factor of shape {factor.shape} for a tensor of shape {self.shape}")
         self.array = array
+        self.factor = factor
 
     def __len__(self) -> int:
         return byte_size(self.data_type, self.shape)
@@ -60,7 +64,10 @@ class Recipe(Store):
     def read(self, offset: int, length: int) -> bytes:
         """Return all the bytes: a derived payload has no part to be read alone."""
         arrays = [self.array(part).transpose(order) for part, order in self.parts]
-        raw: bytes = numpy_helper.from_array(np.concatenate(arrays, self.axis)).raw_data
+        whole = np.concatenate(arrays, self.axis)
+        if self.factor is not None:
+            whole = (whole * self.factor).astype(whole.dtype)
+        raw: bytes = numpy_helper.from_array(whole).raw_data
         assert not offset
         assert len(raw) == length
         return raw

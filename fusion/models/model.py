@@ -88,6 +88,7 @@ class Model:
         axis: int = 0,
         *,
         transpose: Sequence[Sequence[int] | None] | None = None,
+        factor: Array | None = None,
     ) -> TensorProto:
         """Return a new initializer whose values are worked out only when it is written: concatenated initializers.
 
@@ -96,11 +97,12 @@ class Model:
             parts: tensors of this model, one element type, of known shape: (D, N1), (D, N2), … along axis 1.
             axis: where the parts are put together, counted after their transposition.
             transpose: per part the permutation applied first, or None.
+            factor: what the whole is multiplied by; it broadcasts to it.
 
         Raises:
             ValueError: the parts do not fit together.
         """
-        recipe = Recipe(parts, axis, transpose, self.array)
+        recipe = Recipe(parts, axis, transpose, self.array, factor)
         self._derived.append(recipe)
         tensor = TensorProto(name=name, data_type=recipe.data_type, dims=recipe.shape)
         payload.mark(tensor, [Payload(recipe, payload.RAW_DATA, 0, len(recipe))])

@@ -92,13 +92,14 @@ class _Application:
         return constant
 
     def _packed(self, operand: New) -> Value:
-        """Weights that are put together when the model is written."""
+        """Weights that are put together, or multiplied, when the model is written."""
         first = operand.parts[0][0].name or "packed"
         tensor = self.graph.model.derive(
-            self.graph.fresh(f"{first}_packed"),
+            self.graph.fresh(f"{first}_{'packed' if operand.factor is None else 'folded'}"),
             [part for part, _ in operand.parts],
             operand.axis,
             transpose=[permutation for _, permutation in operand.parts],
+            factor=operand.factor,
         )
         if operand.shape is not None:
             tensor.dims[:] = [int(str(dim)) for dim in operand.shape]

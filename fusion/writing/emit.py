@@ -13,18 +13,20 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from fusion.captures import Dims, parse
+from fusion.captures import Dims, letters_of, parse
 from fusion.dims import Dim, product
-from fusion.language import letters_of
 from fusion.layout import Layout, merge_neighbours
 from fusion.matching.state import Entry
-from fusion.models.graph import Value
+from fusion.models.graph import Node, Value
+from fusion.schema import extra_attributes
 from fusion.targets import Target
 from fusion.terms import Ref
 from fusion.verdict import Verdict
 from fusion.writing.beside import additive, guarded, is_causal
 from fusion.writing.cache import split_cache
+from fusion.writing.folded import folded, vector
 from fusion.writing.found import Captured, Found, New, NewNode, Operand, Unmet
+from fusion.writing.lying import in_root_axes, unmoved
 from fusion.writing.packed import packed
 from fusion.writing.place import nearest, place, standing
 from fusion.writing.place import rearranged as lay_out
@@ -45,6 +47,11 @@ class Builder:
         self._domain = domain
         self.nodes: list[NewNode] = []
         self.inputs: list[Value] = []
+
+    @property
+    def provider(self) -> str | None:
+        """Whose kernels will run; None where that is open."""
+        return self._target.provider
 
     @property
     def microsoft(self) -> Builder:
@@ -133,6 +140,34 @@ class Builder:
             Unmet: a capture is no stored constant, or of another dtype.
         """
         return packed(self, self._found, captures, axis, absent)
+
+    def vector(self, source: Captured | Value | None) -> np.ndarray[Any, Any]:
+        """The numbers of a stored vector, in double.
+
+        Raises:
+            Unmet: it is computed, or no vector.
+        """
+        return vector(self._found, source)
+
+    def again(self, node: Node, *inputs: Captured | Operand, **attributes: object) -> New:
+        """A node of the region once more, of other inputs; its attributes but for those given, and without those None.
+
+        Raises:
+            Unmet: an attribute of it is a parameter of the function it stands in.
+        """
+        own = {item.name: helper.get_attribute_value(item) for item in node.proto.attribute}
+        self._found.require(not extra_attributes(node, own), f"attributes of {node.label} are not known")
+        kept = {name: value for name, value in (own | attributes).items() if value is not None}
+        made: New = getattr(self, node.op)(*inputs, **kept)
+        return made
+
+    def folded(self, layer: Node, *, factor: np.ndarray[Any, Any] | None, shift: np.ndarray[Any, Any]) -> New:
+        """A Conv, ConvTranspose or Gemm that computes what `layer` does, times a factor, plus a shift, by channel.
+
+        Raises:
+            Unmet: its weights are computed, are in half precision, or others read them too.
+        """
+        return folded(self, self._found, layer, factor, shift)
 
     def shape(self, operand: Operand) -> tuple[Dim, ...]:
         """The shape of an operand.
@@ -260,6 +295,22 @@ class Builder:
         layout = captured.ref.layout
         wide = Layout((*layout.axes, *((),) * count), layout.offsets, layout.source)
         return self.placed(Ref(captured.value, wide), self._found.dtype)
+
+    def unmoved(self, captured: Captured, letter: str) -> tuple[Operand, int]:
+        """A capture of all axes of the result, in the order in which the result lies, and the axis that a letter is.
+
+        What is computed of it in this order is returned as `lying`.
+
+        Raises:
+            Unmet: the letter stands for several axes, or the capture cannot be brought there.
+        """
+        return unmoved(self, self._found, captured, letter)
+
+    @staticmethod
+    def lying(result: New) -> New:
+        """A result that lies as the root does, whatever the order of its letters."""
+        result.lies = True
+        return result
 
     def _vector(self, captured: Captured) -> New | None:
         """A stored vector such as (1, 1, D), wanted as (D), written so; None for anything else."""
@@ -427,31 +478,7 @@ class Builder:
 
     def in_root_axes(self, result: New) -> New:
         """The result with its axes as the root has them, where the pattern's result has them in another order."""
-        found = self._found
-        if found.plan.inner:
-            return self._in_root_layout(result)
-        order = [axis for letter in letters_of(found.plan.dims) for axis in found.state.letters.get(letter, ())]
-        if order == sorted(order):
-            return result
-        back = sorted(range(len(order)), key=lambda index: order[index])
-        return self.shared("Transpose", [result], None, perm=back)
-
-    def _in_root_layout(self, result: New) -> New:
-        found = self._found
-        axes = found.ref.layout.axes
-        own = []
-        for token in found.plan.dims:
-            letters = (token,) if isinstance(token, str) else token
-            own.append(tuple(f for letter in letters for axis in found.state.letters[letter] for f in axes[axis]))
-        have = Layout(tuple(map(merge_neighbours, own)), found.ref.layout.offsets, found.ref.layout.source)
-        root = found.view.root(found.root)
-        wanted = found.view.peel(root).ref.layout if root is not None else have
-        if wanted == have:
-            return result
-        made = lay_out(self, result, have, wanted)
-        if made is None:
-            raise self.unmet(f"{found.root.name} does not lie in axes that the fused node's result has", found.root)
-        return made
+        return in_root_axes(self, self._found, result)
 
     def unmet(self, text: str, value: Value) -> Unmet:
         """The error for a value that cannot be brought into the axes wanted."""

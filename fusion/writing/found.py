@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from onnx import TensorProto
 
 from fusion.captures import parse
@@ -22,6 +23,9 @@ from fusion.terms import Ref
 from fusion.verdict import Verdict
 from fusion.view import View
 from fusion.writing.place import before, standing
+
+ABSORBING = {"Pad": frozenset({"Conv", "AveragePool", "MaxPool"})}
+"""Who may do without what stands before it, where that is no matter of layout."""
 
 GAIN = "gain"
 """The kind of a miss that says: it could be written, and would save nothing."""
@@ -42,6 +46,8 @@ class New:
     Attributes:
         tensor: the constant.
         parts: weights, each with a permutation or None, that are put together along `axis` when the model is written.
+        factor: what they are multiplied by then.
+        lies: whether it lies as the root does, where the pattern's result has its axes in another order.
     """
 
     dtype: int | None
@@ -49,6 +55,8 @@ class New:
     tensor: TensorProto | None = None
     parts: tuple[tuple[TensorProto, tuple[int, int] | None], ...] = ()
     axis: int = 0
+    factor: np.ndarray[Any, Any] | None = None
+    lies: bool = False
 
 
 Operand = Value | New | None
@@ -128,6 +136,11 @@ class Found:
         if verdict is not Verdict.YES:
             raise Unmet(text, kind=kind, verdict=verdict, place=self.root.name)
 
+    def computed_by(self, *operators: str) -> Node:
+        """The node of the region that is one of these operators, which the pattern names with `operator(...)`."""
+        nodes = (*self.region.core, *self.region.prefix)
+        return next(node for node in reversed(nodes) if node.key in operators)
+
     @property
     def finals(self) -> list[Value]:
         """The values that new nodes compute: the root, then those that are kept, in their order."""
@@ -168,7 +181,8 @@ class Found:
     def require_fewer(self, nodes: Sequence[NewNode]) -> None:
         """A rewrite replaces more nodes than it adds, with the rearrangements before the core that nobody else reads.
 
-        Other products count as nobody: they may read what lies before the rearrangement just as well.
+        Other products count as nobody: they may read what lies before the rearrangement just as well, as other
+        convolutions may read what is not padded yet.
         """
         needed = [operand for node in nodes for operand in node.inputs if isinstance(operand, Value)]
         kept: set[Node] = set()
@@ -181,7 +195,8 @@ class Found:
         for node in reversed([node for node in self.region.prefix if node not in kept]):
             values = [value for value in node.outputs if value is not None]
             others = {reader for value in values for reader in value.uses if reader not in replaced}
-            if all(reader.key in SPELLINGS["matmul"] for reader in others) and not any(v.is_output for v in values):
+            absorbing = ABSORBING.get(node.key, SPELLINGS["matmul"])
+            if all(reader.key in absorbing for reader in others) and not any(v.is_output for v in values):
                 replaced.add(node)
         if len(nodes) >= len(replaced):
             text = f"{len(nodes)} new nodes would replace {len(replaced)}"
@@ -209,18 +224,39 @@ class Found:
         positions = self.state.letters[letter]
         return tuple(self.ref.layout.shape[position] for position in positions)
 
+    @property
+    def widened(self) -> list[tuple[Node, int]]:
+        """The nodes of a half-precision region that compute in a wider dtype, between casts, and in which."""
+        if self.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE):
+            return []
+        outputs = ((node, self.facts.dtype(value)) for node in self.region.core for value in node.outputs if value)
+        return [(node, dtype) for node, dtype in outputs if dtype in FLOATS and dtype != self.dtype]
+
+    @property
+    def adds_wide(self) -> bool:
+        """Whether sums of a half-precision region are computed in a wider dtype: they absorb other numbers there."""
+        return any(node.key in SPELLINGS["sum"] for node, _ in self.widened)
+
     def require_one_dtype(self) -> None:
         """A half-precision region computes in half throughout: no part of it in a wider dtype, between casts."""
-        if self.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE):
-            return
-        for node in self.region.core:
-            for value in node.outputs:
-                dtype = self.facts.dtype(value) if value is not None else None
-                if dtype in FLOATS and dtype != self.dtype:
-                    found, wanted = TensorProto.DataType.Name(dtype), TensorProto.DataType.Name(self.dtype)
-                    raise Unmet(
-                        f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label
-                    )
+        for node, dtype in self.widened:
+            raise self._wide(node, dtype)
+
+    def softmax_dtype(self) -> int:
+        """The dtype in which attention computes its softmax, and what stands beside it: float where that is wider than
+        the products around it, else that of the result.
+
+        Raises:
+            Unmet: a product is computed in another dtype than the result.
+        """
+        for node, dtype in self.widened:
+            if dtype != TensorProto.FLOAT or node.key in SPELLINGS["matmul"]:
+                raise self._wide(node, dtype)
+        return TensorProto.FLOAT if self.widened else self.dtype
+
+    def _wide(self, node: Node, dtype: int) -> Unmet:
+        found, wanted = TensorProto.DataType.Name(dtype), TensorProto.DataType.Name(self.dtype)
+        return Unmet(f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label)
 
     def least(self, letter: str) -> float:
         """The smallest size that a letter can have."""
