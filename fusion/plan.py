@@ -96,7 +96,9 @@ class Kept(NamedTuple):
 
 
 SPELLINGS: Mapping[str, frozenset[str]] = {
-    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "InstanceNormalization"}),
+    "mean": frozenset(
+        {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "GlobalAveragePool", "InstanceNormalization"}
+    ),
     "softmax": frozenset({"Softmax", "Exp"}),
     "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul", "Einsum"}),
     "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),

@@ -237,11 +237,15 @@ class View:
 
     def _single(self, value: Value) -> bool:
         """Whether one consumer alone computes with the value; who asks for its shape or type is none."""
+        return self.readers(value) == 1
+
+    def readers(self, value: Value) -> int:
+        """How many consumers compute with the value; a graph output counts as another, where all consumers count."""
         if self.within is not None:
-            return sum(node in self.within and not _asks_only(node, value) for node in value.uses) == 1
-        if value.is_output:
-            return False
-        return len(value.uses) == 1 or sum(not _asks_only(node, value) for node in value.uses) == 1
+            return sum(node in self.within and not _asks_only(node, value) for node in value.uses)
+        if len(value.uses) == 1:
+            return 1 + value.is_output
+        return sum(not _asks_only(node, value) for node in value.uses) + value.is_output
 
 
 def _asks_only(node: Node, value: Value) -> bool:
