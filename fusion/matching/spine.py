@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fusion import plan as p
 from fusion.language import letters_of
-from fusion.laws import linear, ring
+from fusion.laws import linear, ring, selection
 from fusion.matching.describe import spell_dims
 from fusion.matching.state import Context, Entry, State
 from fusion.matching.state import entries as entries_of
@@ -55,6 +55,10 @@ class Spine:
 
     def _sum(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view
+        for found in selection.selections(node, ref, view):
+            if _is_full(found.chosen, ref):
+                entry = Entry("mask", found.condition, 1.0, found.keep, found.fill * coef, found.read)
+                yield from self.walk(found.chosen, found.coef * coef, (*entries, entry), state)
         whole = [view.operand(ref, node, index) for index in range(len(node.inputs))]
         beside = [view.beside(ref, node, index) for index in range(len(node.inputs))]
         signs = [-coef if node.op == "Sub" and index == 1 else coef for index in range(len(node.inputs))]

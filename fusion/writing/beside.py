@@ -40,7 +40,7 @@ def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
                 term = op.shared("Mul", [term, op.scalar(entry.coef)], ref.layout.shape)
             bias = term if bias is None else op.shared("Add", [bias, term], ref.layout.shape)
             continue
-        if entry.fill > _smallest(found) and not _hides(found, entry, entries):
+        if not _absorbs(found, entry.fill) and not _hides(found, entry, entries):
             raise Unmet(
                 f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
                 "in rows masked everywhere",
@@ -93,6 +93,11 @@ def _smallest(found: Found) -> float:
     if found.dtype not in (TensorProto.FLOAT, TensorProto.DOUBLE):
         return -np.inf
     return 0.999 * float(np.finfo(helper.tensor_dtype_to_np_dtype(found.dtype)).min)
+
+
+def _absorbs(found: Found, fill: float) -> bool:
+    """Whether scores vanish when a number is added to them: it is beyond half the smallest, as Keras writes it."""
+    return fill <= _smallest(found) / 2
 
 
 def _added(found: Found, entry: Entry) -> Halves | None:

@@ -1,0 +1,103 @@
+"""Selection: s [c] + f (1 - [c]) is s where c holds and f elsewhere; [c] is a boolean that was cast to a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from onnx import TensorProto
+
+from fusion.laws import linear, ring
+from fusion.terms import Atom, Group, Prod, Ref, Sum
+
+if TYPE_CHECKING:
+    from fusion.models.graph import Node, Value
+    from fusion.view import View
+
+DEPTH = 6
+"""How many operators the number that is selected may be made of."""
+
+
+class Selection(NamedTuple):
+    """coef * chosen where `condition` is `keep`, else the number `fill`.
+
+    `read` are the values that say so, of which none is computed from what is chosen.
+    """
+
+    chosen: Ref
+    coef: float
+    condition: Ref
+    keep: bool
+    fill: float
+    read: tuple[Value, ...]
+
+
+def selections(node: Node, ref: Ref, view: View) -> Iterator[Selection]:
+    """The ways to read a sum of two as a selection."""
+    for index in (0, 1) if node.key in ring.SUMS and len(node.inputs) == 2 else ():
+        product, other = view.operand(ref, node, index), view.operand(ref, node, 1 - index)
+        if product is None or other is None:
+            continue
+        product, coef = linear.without_numbers(product, view)
+        signs = (1.0, -1.0) if node.op == "Sub" else (1.0, 1.0)
+        times = product.value.producer
+        for side in (0, 1) if times is not None and times.key == "Mul" else ():
+            chosen, factor = view.operand(product, times, 1 - side), view.operand(product, times, side)
+            truth = None if factor is None else indicated(factor, view)
+            if chosen is None or factor is None or truth is None:
+                continue
+            condition, keep = truth
+            there, elsewhere = (_number(other, condition, own, view, DEPTH) for own in (keep, not keep))
+            if there == 0.0 and elsewhere is not None:
+                fill = signs[1 - index] * elsewhere
+                read = (factor.value, other.value)
+                yield Selection(chosen, signs[index] * coef, condition, keep, fill, read)
+
+
+def indicated(ref: Ref, view: View) -> tuple[Ref, bool] | None:
+    """(c, b) where a value is 1 where c is b, and 0 elsewhere; None where it is no boolean cast to a number."""
+    ref, keep = view.peel(ref).ref, True
+    node = ref.value.producer
+    source = node.inputs[0] if node is not None and node.key == "Cast" else None
+    if node is None or source is None or view.facts.dtype(source) != TensorProto.BOOL:
+        return None
+    condition = view.operand(ref, node, 0)
+    while condition is not None:
+        condition = view.peel(condition).ref
+        node = condition.value.producer
+        if node is None or node.key != "Not":
+            return condition, keep
+        condition, keep = view.operand(condition, node, 0), not keep
+    return None
+
+
+def _number(ref: Ref, condition: Ref, holds: bool, view: View, depth: int) -> float | None:
+    """The number that a value is wherever a condition holds, or does not; None where it is none."""
+    number, truth = view.number(ref.value), indicated(ref, view)
+    if number is not None:
+        return number
+    if truth is not None:
+        return float(truth[1] is holds) if truth[0] == condition else None
+    term = view.expand(ref)
+    return _term(term, condition, holds, view, depth - 1) if depth and term.single != view.peel(ref).ref else None
+
+
+def _term(term: Prod, condition: Ref, holds: bool, view: View, depth: int) -> float | None:
+    total = term.coef
+    for atom, exponent in term.factors:
+        found = _atom(atom, condition, holds, view, depth)
+        if found is None or (found == 0.0 and exponent < 0):
+            return None
+        total *= found**exponent
+    return total
+
+
+def _atom(atom: Atom, condition: Ref, holds: bool, view: View, depth: int) -> float | None:
+    if isinstance(atom, Ref):
+        return _number(atom, condition, holds, view, depth)
+    if isinstance(atom, Group):
+        return _term(atom.product, condition, holds, view, depth)
+    if not isinstance(atom, Sum):
+        return None
+    parts = [_term(Prod(item.coef, item.factors), condition, holds, view, depth) for item in atom.items]
+    return None if None in parts else atom.const + sum(part for part in parts if part is not None)
