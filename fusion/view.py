@@ -6,7 +6,7 @@ from collections.abc import Callable, Container
 from typing import NamedTuple
 
 from fusion.facts import Facts, rearrange
-from fusion.laws import clamps, contraction, noise, normalization, pieces, powers, reduction, ring, softmax
+from fusion.laws import clamps, contraction, noise, normalization, pieces, powers, reduction, ring, selection, softmax
 from fusion.layout import Layout
 from fusion.models.graph import Graph, Node, Value
 from fusion.terms import Prod, Ref, leaf, number
@@ -14,7 +14,7 @@ from fusion.terms import Prod, Ref, leaf, number
 Normalise = Callable[[Node, Ref, "View"], "Prod | None"]
 
 LAWS: dict[str, Normalise] = {
-    **dict.fromkeys(ring.SUMS, ring.normalise),
+    **dict.fromkeys(ring.SUMS, selection.normalise),
     **dict.fromkeys(softmax.OPERATORS, softmax.normalise),
     **dict.fromkeys(powers.OPERATORS, powers.normalise),
     **dict.fromkeys(reduction.OPERATORS, reduction.normalise),

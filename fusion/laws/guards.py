@@ -36,18 +36,6 @@ def replaced(node: Node) -> tuple[Value, Value] | None:
     return value, other
 
 
-def zeroed(node: Node, ref: Ref, view: View) -> tuple[Ref, Ref, bool] | None:
-    """(what is kept, the condition, its value where it is kept) where `node` puts 0 for some elements; else None."""
-    if node.key != "Where":
-        return None
-    for kept, other, keep in ((1, 2, True), (2, 1, False)):
-        zero = node.inputs[other]
-        if zero is not None and view.number(zero) == 0.0:
-            source, condition = view.operand(ref, node, kept), view.beside(ref, node, 0)
-            return None if source is None or condition is None else (source, condition, keep)
-    return None
-
-
 # -- spelling ---------------------------------------------------------------------------------------------------------
 
 

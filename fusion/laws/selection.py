@@ -1,4 +1,4 @@
-"""Selection: s [c] + f (1 - [c]) is s where c holds and f elsewhere; [c] is a boolean that was cast to a number."""
+"""Selection: Where(c, s, f), and s [c] + f (1 - [c]), where [c] is a boolean that was cast to a number."""
 
 from __future__ import annotations
 
@@ -32,29 +32,45 @@ class Selection(NamedTuple):
     read: tuple[Value, ...]
 
 
+def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
+    """Return the sum, or None where it selects: that is a value of its own, as Where gives it."""
+    return None if next(selections(node, ref, view), None) else ring.normalise(node, ref, view)
+
+
 def selections(node: Node, ref: Ref, view: View) -> Iterator[Selection]:
-    """The ways to read a sum of two as a selection."""
-    for index in (0, 1) if node.key in ring.SUMS and len(node.inputs) == 2 else ():
-        product, other = view.operand(ref, node, index), view.operand(ref, node, 1 - index)
-        if product is None or other is None:
+    """The ways to read a value as a selection between another and a number."""
+    if node.key == "Where":
+        condition, *sides = view.beside(ref, node, 0), view.operand(ref, node, 1), view.operand(ref, node, 2)
+        for keep, chosen, other in ((True, *sides), (False, *sides[::-1])):
+            fill = None if other is None else view.number(other.value)
+            if condition is not None and chosen is not None and fill is not None:
+                yield Selection(chosen, 1.0, condition, keep, fill, ())
+    elif node.key in ring.SUMS and len(node.inputs) == 2:
+        for index in (0, 1):
+            yield from _blended(node, index, ref, view)
+
+
+def _blended(node: Node, index: int, ref: Ref, view: View) -> Iterator[Selection]:
+    """The selections of which one operand of a sum is the product."""
+    product, other = view.operand(ref, node, index), view.operand(ref, node, 1 - index)
+    if product is None or other is None:
+        return
+    product, coef = linear.without_numbers(product, view)
+    times = product.value.producer
+    for side in (0, 1) if times is not None and times.key == "Mul" else ():
+        chosen, factor = view.operand(product, times, 1 - side), view.operand(product, times, side)
+        truth = None if factor is None else _indicated(factor, view)
+        if chosen is None or factor is None or truth is None:
             continue
-        product, coef = linear.without_numbers(product, view)
-        signs = (1.0, -1.0) if node.op == "Sub" else (1.0, 1.0)
-        times = product.value.producer
-        for side in (0, 1) if times is not None and times.key == "Mul" else ():
-            chosen, factor = view.operand(product, times, 1 - side), view.operand(product, times, side)
-            truth = None if factor is None else indicated(factor, view)
-            if chosen is None or factor is None or truth is None:
-                continue
-            condition, keep = truth
-            there, elsewhere = (_number(other, condition, own, view, DEPTH) for own in (keep, not keep))
-            if there == 0.0 and elsewhere is not None:
-                fill = signs[1 - index] * elsewhere
-                read = (factor.value, other.value)
-                yield Selection(chosen, signs[index] * coef, condition, keep, fill, read)
+        condition, keep = truth
+        there, elsewhere = (_number(other, condition, holds, view, DEPTH) for holds in (keep, not keep))
+        if there == 0.0 and elsewhere is not None:
+            signs = (1.0, -1.0) if node.op == "Sub" else (1.0, 1.0)
+            read = (factor.value, other.value)
+            yield Selection(chosen, signs[index] * coef, condition, keep, signs[1 - index] * elsewhere, read)
 
 
-def indicated(ref: Ref, view: View) -> tuple[Ref, bool] | None:
+def _indicated(ref: Ref, view: View) -> tuple[Ref, bool] | None:
     """(c, b) where a value is 1 where c is b, and 0 elsewhere; None where it is no boolean cast to a number."""
     ref, keep = view.peel(ref).ref, True
     node = ref.value.producer
@@ -73,7 +89,7 @@ def indicated(ref: Ref, view: View) -> tuple[Ref, bool] | None:
 
 def _number(ref: Ref, condition: Ref, holds: bool, view: View, depth: int) -> float | None:
     """The number that a value is wherever a condition holds, or does not; None where it is none."""
-    number, truth = view.number(ref.value), indicated(ref, view)
+    number, truth = view.number(ref.value), _indicated(ref, view)
     if number is not None:
         return number
     if truth is not None:

@@ -40,9 +40,8 @@ class Spine:
         node = ref.value.producer
         if node is None or node.domain:
             return
-        if node.op == "Where":
-            yield from self._where(node, ref, coef, entries, state)
-        elif node.op in ring.SUMS:
+        yield from self._selected(node, ref, coef, entries, state)
+        if node.op in ring.SUMS:
             yield from self._sum(node, ref, coef, entries, state)
         elif node.op == "Max":
             yield from self._clamp(node, ref, coef, entries, state)
@@ -55,10 +54,6 @@ class Spine:
 
     def _sum(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view
-        for found in selection.selections(node, ref, view):
-            if _is_full(found.chosen, ref):
-                entry = Entry("mask", found.condition, 1.0, found.keep, found.fill * coef, found.read)
-                yield from self.walk(found.chosen, found.coef * coef, (*entries, entry), state)
         whole = [view.operand(ref, node, index) for index in range(len(node.inputs))]
         beside = [view.beside(ref, node, index) for index in range(len(node.inputs))]
         signs = [-coef if node.op == "Sub" and index == 1 else coef for index in range(len(node.inputs))]
@@ -77,16 +72,12 @@ class Spine:
             wanted = "scores that have the shape of their sum"
             yield from self.matcher.miss(state, "dimension", wanted, found, 1, node.label, Verdict.UNKNOWN)
 
-    def _where(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        view = self.matcher.view
-        condition, yes, no = view.beside(ref, node, 0), view.operand(ref, node, 1), view.operand(ref, node, 2)
-        if condition is None or yes is None or no is None:
-            return
-        for scores, other, keep in ((yes, no, True), (no, yes, False)):
-            fill = view.number(other.value)
-            if fill is not None:
-                entry = Entry("mask", condition, 1.0, keep, fill * coef)
-                yield from self.walk(scores, coef, (*entries, entry), state)
+    def _selected(
+        self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State
+    ) -> Iterator[State]:
+        for found in selection.selections(node, ref, self.matcher.view):
+            entry = Entry("mask", found.condition, 1.0, found.keep, found.fill * coef, found.read)
+            yield from self.walk(found.chosen, found.coef * coef, (*entries, entry), state)
 
     def _clamp(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view

@@ -110,11 +110,12 @@ def _added(found: Found, entry: Entry) -> Halves | None:
 
 
 def _hides(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> bool:
-    """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row
-    keeps a key beside which the others vanish."""
+    """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row keeps a
+    key beside which the others vanish, or is 0 in the end."""
     after = entries[: entries.index(entry)]
     only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
-    return only and keeps_a_key(found.view, entry.ref, entry.keep)
+    cleared = any((other.ref, other.keep) == (entry.ref, entry.keep) for other in after)
+    return only and (cleared or keeps_a_key(found.view, entry.ref, entry.keep))
 
 
 def _beside(op: Builder, found: Found, entry: Entry, keep: int) -> tuple[Ref, Operand]:
