@@ -151,9 +151,10 @@ def attend(keep, put=chosen, fill: float = SMALLEST, *, opset: int = 17, scale: 
 @pytest.mark.parametrize(
     ("put", "fill"),
     [
-        (chosen, SMALLEST), (chosen, -np.inf), (chosen, -1e4), (added, -np.inf), (multiplied, -1e4), (clamped, -np.inf),
-        (blended, -1e4), (selected, 0.7 * SMALLEST),
-    ],  # fmt: skip
+        *((chosen, fill) for fill in (SMALLEST, -np.inf, -1e4)),
+        *((added, -np.inf), (multiplied, -1e4), (clamped, -np.inf)),
+        *((blended, -1e4), (selected, 0.7 * SMALLEST)),
+    ],
     ids=lambda value: getattr(value, "__name__", f"{value:g}" if isinstance(value, float) else ""),
 )
 def test_a_causal_mask_is_an_attribute(keep, put, fill):

@@ -1,7 +1,6 @@
 """Guards: what exporters write around a softmax against NaN; it belongs inside the region of the softmax.
 
-* `Where(IsNaN(p), 0, p)` gives 0 instead of NaN in rows that are masked everywhere.
-* `Where(mask, 0, p)` gives 0 where the mask hides, also in rows that are masked everywhere.
+`Where(IsNaN(p), 0, p)` gives 0 instead of NaN in rows that are masked everywhere.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from fusion.instances.spell import Beside, Speller
     from fusion.laws.writer import Written
     from fusion.models.graph import Node, Value
-    from fusion.terms import Ref
-    from fusion.view import View
 
 
 def guarded(node: Node, facts: Facts) -> Value | None:

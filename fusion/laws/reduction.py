@@ -1,5 +1,6 @@
-"""Reduction: ReduceMean, ReduceSum, ReduceSumSquare and ReduceL2 over known axes are means, times the count; a global pool
-is a reduction over all axes after the second.
+"""Reduction: ReduceMean, ReduceSum, ReduceSumSquare and ReduceL2 over known axes are means, times the count.
+
+A global pool is a reduction over all axes after the second.
 """
 
 from __future__ import annotations

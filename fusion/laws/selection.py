@@ -40,8 +40,8 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
 def selections(node: Node, ref: Ref, view: View) -> Iterator[Selection]:
     """The ways to read a value as a selection between another and a number."""
     if node.key == "Where":
-        condition, *sides = view.beside(ref, node, 0), view.operand(ref, node, 1), view.operand(ref, node, 2)
-        for keep, chosen, other in ((True, *sides), (False, *sides[::-1])):
+        condition, yes, no = view.beside(ref, node, 0), view.operand(ref, node, 1), view.operand(ref, node, 2)
+        for chosen, other, keep in ((yes, no, True), (no, yes, False)):
             fill = None if other is None else view.number(other.value)
             if condition is not None and chosen is not None and fill is not None:
                 yield Selection(chosen, 1.0, condition, keep, fill, ())
@@ -57,7 +57,9 @@ def _blended(node: Node, index: int, ref: Ref, view: View) -> Iterator[Selection
         return
     product, coef = linear.without_numbers(product, view)
     times = product.value.producer
-    for side in (0, 1) if times is not None and times.key == "Mul" else ():
+    if times is None or times.key != "Mul":
+        return
+    for side in (0, 1):
         chosen, factor = view.operand(product, times, 1 - side), view.operand(product, times, side)
         truth = None if factor is None else _indicated(factor, view)
         if chosen is None or factor is None or truth is None:

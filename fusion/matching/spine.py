@@ -72,9 +72,7 @@ class Spine:
             wanted = "scores that have the shape of their sum"
             yield from self.matcher.miss(state, "dimension", wanted, found, 1, node.label, Verdict.UNKNOWN)
 
-    def _selected(
-        self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State
-    ) -> Iterator[State]:
+    def _selected(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         for found in selection.selections(node, ref, self.matcher.view):
             entry = Entry("mask", found.condition, 1.0, found.keep, found.fill * coef, found.read)
             yield from self.walk(found.chosen, found.coef * coef, (*entries, entry), state)

@@ -249,15 +249,15 @@ class _Reader:
 
     def _halves(self, line: Line, inside: float, outside: float) -> Halves | None:
         """The two sides of a line, in the direction in which columns grow; one where the other has no element."""
-        if not isinstance(line.row, int) or not isinstance(line.column, int):
+        row, column, constant = line
+        if not isinstance(row, int) or not isinstance(column, int):
             return None
-        if (line.column, line.row) < (0, 0):
-            line, inside, outside = line.times(-1).plus(Line(0, 0, 1)), outside, inside
+        if (column, row) < (0, 0):
+            return self._halves(line.times(-1).plus(Line(0, 0, 1)), outside, inside)
         rows, columns = self.sizes
-        most = line.constant + line.column * (columns - 1) + max(line.row, 0) * (rows - 1)
-        if self.facts.lower(-most) >= 0:
+        if self.facts.lower(-(constant + column * (columns - 1) + max(row, 0) * (rows - 1))) >= 0:
             return Halves(None, inside, inside)
-        if self.facts.lower(line.constant + min(line.row, 0) * (rows - 1)) >= 1:
+        if self.facts.lower(constant + min(row, 0) * (rows - 1)) >= 1:
             return Halves(None, outside, outside)
         return Halves(line, inside, outside)
 
