@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
+from fusion.dims import atoms, symbols
 from fusion.facts import Facts, rearrange
 from fusion.laws import clamps, contraction, noise, normalization, pieces, powers, reduction, ring, selection, softmax
 from fusion.layout import Layout
@@ -232,8 +233,15 @@ class View:
             if value is not None and node.key in MERGED and self.operand(ref, node, index) is None:
                 return f"{node.label} of {value.name}, which may be broadcast"
         if node.key in LAYOUTS | contraction.OPERATORS:
-            return f"{node.label}, whose sizes are not known well enough to tell its axes"
+            return f"{node.label}, whose sizes are not known well enough to tell its axes{self._apart(node)}"
         return f"{node.label} over an unknown number of elements" if node.key in reduction.COUNTED else ""
+
+    def _apart(self, node: Node) -> str:
+        """The sizes of the operand of a node that are broadcast together: were they one, more would be known."""
+        shape = (self.facts.shape(node.inputs[0]) if node.inputs[0] is not None else None) or ()
+        joined = [sorted(map(str, symbols(atom))) for dim in shape for atom in atoms(dim)]
+        told = [f"{' and '.join(names)} may differ" for names in joined if len(names) > 1]
+        return f": {', '.join(dict.fromkeys(told))}" if told else ""
 
     def _single(self, value: Value) -> bool:
         """Whether one consumer alone computes with the value; who asks for its shape or type is none."""
