@@ -196,7 +196,8 @@ class Builder:
         nothing.
 
         `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
-        smallest number of the dtype, or -inf, or where every row keeps a key, a large one. In half precision only -inf
+        smallest number of the dtype or half of it, or -inf, or where every row keeps a key, a large one. In half
+        precision only -inf
         does: kernels compute in float there.
 
         Raises:
