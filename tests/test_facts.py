@@ -141,9 +141,7 @@ def test_a_shape_with_start_and_end():
     assert items(facts, "t") == (4, T)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "known"), [(FLOAT, True), (TensorProto.DOUBLE, True), (TensorProto.FLOAT16, False)]
-)
+@pytest.mark.parametrize(("dtype", "known"), [(FLOAT, True), (TensorProto.DOUBLE, True), (TensorProto.FLOAT16, False)])
 def test_a_range_up_to_a_size_that_was_cast(dtype, known):
     """Positions in half precision end at 2048, whatever the size is."""
     kind = helper.tensor_dtype_to_np_dtype(dtype)

@@ -40,8 +40,12 @@ class Spine:
         node = ref.value.producer
         if node is None or node.domain:
             return
-        yield from self._selected(node, ref, coef, entries, state)
-        if node.op in ring.SUMS:
+        selected = list(selection.selections(node, ref, view))
+        if selected or node.op == "Where":
+            for found in selected:
+                entry = Entry("mask", found.condition, 1.0, found.keep, found.fill * coef, found.read)
+                yield from self.walk(found.chosen, found.coef * coef, (*entries, entry), state)
+        elif node.op in ring.SUMS:
             yield from self._sum(node, ref, coef, entries, state)
         elif node.op == "Max":
             yield from self._clamp(node, ref, coef, entries, state)
@@ -71,11 +75,6 @@ class Spine:
             found = f"{sizes}, which may be broadcast"
             wanted = "scores that have the shape of their sum"
             yield from self.matcher.miss(state, "dimension", wanted, found, 1, node.label, Verdict.UNKNOWN)
-
-    def _selected(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        for found in selection.selections(node, ref, self.matcher.view):
-            entry = Entry("mask", found.condition, 1.0, found.keep, found.fill * coef, found.read)
-            yield from self.walk(found.chosen, found.coef * coef, (*entries, entry), state)
 
     def _clamp(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view
