@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from building import BOOL, FLOAT, misses, numbers, operators
+from building import BOOL, FLOAT, Build, misses, numbers, operators
 from test_attention import CROSS, PRIMES, SMALLEST, Attention, Sizes, same
 
 import fusion
@@ -165,6 +165,26 @@ def test_another_mask_on_the_probabilities_is_no_mask_of_the_scores():
     result = same(model, b.feeds)
     assert not result.counts
     assert any("masks no score" in text for _, text in misses(result, "multi_head_attention"))
+
+
+def test_sizes_that_only_a_run_knows_are_declared():
+    """onnxruntime infers no shape through a Reshape to computed sizes, and of such values an Attention of width 0."""
+    b = Build(23)
+    x = b.input("x", ["B", "S", 8])
+    size = b.node("Shape", x, start=0, end=2)
+    rows = b.reshape(x, [-1, 8])
+
+    def projected(seed: int) -> str:
+        made = b.matmul(rows, numbers(8, 8, seed=seed))
+        split = b.node("Reshape", made, b.concat(size, np.array([2, 4]), axis=0))
+        return b.transpose(split, perm=[0, 2, 1, 3])
+
+    q, k, v = (projected(seed) for seed in (1, 2, 3))
+    scores = b.mul(b.matmul(q, b.transpose(k, perm=[0, 1, 3, 2])), 0.4)
+    attended = b.transpose(b.matmul(b.softmax(scores, axis=-1), v), perm=[0, 2, 1, 3])
+    y = b.matmul(b.node("Reshape", attended, b.concat(size, np.array([8]), axis=0)), numbers(8, 8, seed=4))
+    result = same(b.model(y), {"x": numbers(2, 3, 8)}, target="onnx")
+    assert result.counts == MULTI
 
 
 # Masks with a number that is not the smallest -----------------------------------------------------------------------
