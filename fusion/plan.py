@@ -105,7 +105,9 @@ class Kept(NamedTuple):
 
 
 SPELLINGS: Mapping[str, frozenset[str]] = {
-    "mean": frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "InstanceNormalization"}),
+    "mean": frozenset(
+        {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "GlobalAveragePool", "InstanceNormalization"}
+    ),
     "max": frozenset({"ReduceMax"}),
     "total": frozenset({"ReduceSum"}),
     "softmax": frozenset({"Softmax", "Exp"}),

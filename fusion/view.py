@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from typing import NamedTuple
 
+from fusion.dims import atoms, symbols
 from fusion.facts import Facts, rearrange
-from fusion.laws import clamps, contraction, noise, normalization, pieces, powers, reduction, ring, softmax
+from fusion.laws import clamps, contraction, noise, normalization, pieces, powers, reduction, ring, selection, softmax
 from fusion.layout import Layout
 from fusion.models.graph import Graph, Node, Value
 from fusion.terms import Prod, Ref, leaf, number
@@ -14,7 +15,7 @@ from fusion.terms import Prod, Ref, leaf, number
 Normalise = Callable[[Node, Ref, "View"], "Prod | None"]
 
 LAWS: dict[str, Normalise] = {
-    **dict.fromkeys(ring.SUMS, ring.normalise),
+    **dict.fromkeys(ring.SUMS, selection.normalise),
     **dict.fromkeys(softmax.OPERATORS, softmax.normalise),
     **dict.fromkeys(powers.OPERATORS, powers.normalise),
     **dict.fromkeys(reduction.OPERATORS, reduction.normalise),
@@ -232,16 +233,27 @@ class View:
             if value is not None and node.key in MERGED and self.operand(ref, node, index) is None:
                 return f"{node.label} of {value.name}, which may be broadcast"
         if node.key in LAYOUTS | contraction.OPERATORS:
-            return f"{node.label}, whose sizes are not known well enough to tell its axes"
+            return f"{node.label}, whose sizes are not known well enough to tell its axes{self._apart(node)}"
         return f"{node.label} over an unknown number of elements" if node.key in reduction.COUNTED else ""
+
+    def _apart(self, node: Node) -> str:
+        """The sizes of the operand of a node that are broadcast together: were they one, more would be known."""
+        shape = (self.facts.shape(node.inputs[0]) if node.inputs[0] is not None else None) or ()
+        joined = [sorted(map(str, symbols(atom))) for dim in shape for atom in atoms(dim)]
+        told = [f"{' and '.join(names)} may differ" for names in joined if len(names) > 1]
+        return f": {', '.join(dict.fromkeys(told))}" if told else ""
 
     def _single(self, value: Value) -> bool:
         """Whether one consumer alone computes with the value; who asks for its shape or type is none."""
+        return self.readers(value) == 1
+
+    def readers(self, value: Value) -> int:
+        """How many consumers compute with the value; a graph output counts as another, where all consumers count."""
         if self.within is not None:
-            return sum(node in self.within and not _asks_only(node, value) for node in value.uses) == 1
-        if value.is_output:
-            return False
-        return len(value.uses) == 1 or sum(not _asks_only(node, value) for node in value.uses) == 1
+            return sum(node in self.within and not _asks_only(node, value) for node in value.uses)
+        if len(value.uses) == 1:
+            return 1 + value.is_output
+        return sum(not _asks_only(node, value) for node in value.uses) + value.is_output
 
 
 def _asks_only(node: Node, value: Value) -> bool:

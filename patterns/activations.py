@@ -108,28 +108,28 @@ def _(node, rank):
 
 @gelu.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
-    return op.Gelu(found.x)
+    return op.Gelu(op.arranged(found.x))
 
 
 @gelu.emit("ort-cpu", "ort-cuda")
 def _(found, op):
-    return op.microsoft.Gelu(found.x)
+    return op.microsoft.Gelu(op.arranged(found.x))
 
 
 @gelu_tanh.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
-    return op.Gelu(found.x, approximate="tanh")
+    return op.Gelu(op.arranged(found.x), approximate="tanh")
 
 
 @gelu_tanh.emit("ort-cpu", "ort-cuda")
 def _(found, op):
     found.require(found.rank >= 1, "the kernel takes no scalar")
-    return op.microsoft.FastGelu(found.x)
+    return op.microsoft.FastGelu(op.arranged(found.x))
 
 
 @swish.emit("onnx")
 def _(found, op):
-    return op.Swish(found.x, alpha=found.alpha)
+    return op.Swish(op.arranged(found.x), alpha=found.alpha)
 
 
 @swiglu.emit("onnx")
@@ -139,7 +139,7 @@ def _(found, op):
 
 @swish.emit("ort-cpu", "ort-cuda")
 def _(found, op):
-    return op.microsoft.QuickGelu(found.x, alpha=found.alpha)
+    return op.microsoft.QuickGelu(op.arranged(found.x), alpha=found.alpha)
 
 
 @logistic.emit("onnx", "ort-cpu", "ort-cuda")

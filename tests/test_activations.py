@@ -24,6 +24,19 @@ def test_a_logistic_function_written_out(product, opset):
     np.testing.assert_allclose(got, (x64 if product else 1.0) / (1 + np.exp(-x64)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("tanh", [False, True])
+def test_a_gelu_whose_branches_are_transposed_each(tanh):
+    """Transposed before the product, not before the function: the fused node reads one transposition."""
+    b = Build(20)
+    x = b.input("x", ["B", 3, 4])
+    inner = b.add(x, b.mul(0.044715, b.pow(x, 3.0))) if tanh else x
+    scaled = b.transpose(b.mul(inner, float(np.sqrt(2 / np.pi)) if tanh else float(np.sqrt(0.5))), perm=[0, 2, 1])
+    half = b.transpose(b.mul(0.5, x), perm=[0, 2, 1])
+    y = b.mul(half, b.add(1.0, b.tanh(scaled) if tanh else b.erf(scaled)))
+    result = same(b.model(y), {"x": numbers(2, 3, 4)})
+    assert operators(result.model) == {"Transpose": 1, "Gelu": 1}
+
+
 @pytest.mark.parametrize("wrong", ["two", "no minus", "other x"])
 def test_what_is_no_logistic_function(wrong):
     b = Build()

@@ -377,6 +377,56 @@ def test_scores_replaced_where_masked(fill, whole_row, inverted):
 
 
 @pytest.mark.parametrize("whole_row", [False, True])
+@pytest.mark.parametrize("fill", [-1e4, 0.7 * SMALLEST])
+def test_scores_selected_by_arithmetic(fill, whole_row):
+    """scores [keep] + fill [not keep] is a Where; -1e4 is one too, and as little one that absorbs."""
+    b = Attention()
+    keep = keep_mask(b, whole_row)
+
+    def mask(b, scores):
+        hidden = b.cast(b.node("Not", keep), to=FLOAT)
+        return b.add(b.mul(scores, b.cast(keep, to=FLOAT)), b.mul(fill, hidden))
+
+    result = same(b.model(b.whole(*b.qkv(), mask=mask)), b.feeds)
+    if fill == -1e4:
+        assert result.counts == {}
+        assert any("does not absorb them" in text for kind, text in misses(result, "self_attention"))
+    else:
+        assert result.counts == FUSED
+
+
+def test_a_mask_that_two_attentions_are_multiplied_by():
+    """What is made of the mask alone may have other readers; it stays for them."""
+    b = Attention()
+    keep = keep_mask(b, whole_row=False)
+    kept = b.cast(keep, to=FLOAT)
+    hidden = b.mul(b.sub(1.0, kept), SMALLEST)
+    first, second = (b.whole(*b.qkv(), mask=lambda b, s: b.add(b.mul(kept, s), hidden)) for _ in range(2))
+    assert same(b.model(first, second, kept, hidden), b.feeds).counts == {"self_attention": 2}
+
+
+NO_SELECTION = {
+    "added where kept": lambda b, s, m, other: b.add(b.mul(s, m), b.mul(b.sub(2.0, m), SMALLEST)),
+    "another mask": lambda b, s, m, other: b.add(b.mul(s, m), b.mul(b.sub(1.0, other), SMALLEST)),
+    "the same side": lambda b, s, m, other: b.add(b.mul(s, m), b.mul(m, SMALLEST)),
+    "of no booleans": lambda b, s, m, other: b.add(
+        b.mul(s, b.abs(b.sub(m, 0.25))), b.mul(b.sub(1.0, b.abs(b.sub(m, 0.25))), SMALLEST)
+    ),
+}
+
+
+@pytest.mark.parametrize("form", NO_SELECTION)
+def test_what_is_multiplied_and_no_selection(form):
+    b = Attention()
+    kept = b.cast(keep_mask(b, whole_row=False), to=FLOAT)
+    s = b.sizes
+    holes = np.random.default_rng(9).random((s.B, 1, s.S, s.S)) > 0.3
+    other = b.cast(b.feed("holes", holes, ["B", 1, "S", "S"], BOOL), to=FLOAT)
+    mask = b.whole(*b.qkv(), mask=lambda b, scores: NO_SELECTION[form](b, scores, kept, other))
+    assert same(b.model(mask), b.feeds).counts == {}
+
+
+@pytest.mark.parametrize("whole_row", [False, True])
 @pytest.mark.parametrize("fill", [-1e4, SMALLEST])
 @pytest.mark.parametrize("first", ["where", "add"])
 def test_the_order_of_masks_and_biases_is_kept(first, fill, whole_row):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from building import BOOL, misses, numbers, operators
+from building import BOOL, FLOAT, Build, misses, numbers, operators
 from test_attention import CROSS, PRIMES, SMALLEST, Attention, Sizes, same
 
 import fusion
@@ -119,9 +119,9 @@ def test_heads_that_share_keys_and_values(groups, how):
 
 @pytest.mark.parametrize("whole_row", [False, True])
 @pytest.mark.parametrize("inverted", [False, True])
-@pytest.mark.parametrize("fill", [SMALLEST, -np.inf])
+@pytest.mark.parametrize("fill", [SMALLEST, -1e9, -np.inf])
 def test_a_mask_on_the_probabilities_too(fill, inverted, whole_row):
-    """Rows that are masked everywhere give 0, with a number or -inf as fill."""
+    """Rows that are masked everywhere give 0, with a number or -inf as fill: then no row sees what a number hides."""
     b = Attention(PRIMES)
     s = PRIMES
     mask = np.random.default_rng(0).random((s.B, 1, s.S, s.S)) < 0.6
@@ -138,6 +138,22 @@ def test_a_mask_on_the_probabilities_too(fill, inverted, whole_row):
     assert sum(result.counts.values()) == 1
 
 
+@pytest.mark.parametrize("whole_row", [False, True])
+def test_a_mask_multiplied_into_scores_and_probabilities(whole_row):
+    """How Keras masks a softmax, with tf.where as it is exported."""
+    b = Attention(PRIMES)
+    s = PRIMES
+    mask = np.random.default_rng(0).random((s.B, 1, s.S, s.S)) < 0.6
+    mask[:, :, :, 0] = True
+    mask[0, 0, 1] = mask[0, 0, 1] & (not whole_row)
+    m = b.feed("m", mask, ["B", 1, "S", "S"], BOOL)
+    kept, hidden = b.cast(m, to=FLOAT), b.cast(b.node("Not", m), to=FLOAT)
+    q, k, v = b.qkv()
+    p = b.softmax(b.add(b.mul(kept, b.mul(b.matmul(q, k), 0.4)), b.mul(-1e9, hidden)), axis=-1)
+    model = b.model(b.merged(b.matmul(b.add(b.mul(kept, p), b.mul(0.0, hidden)), v)))
+    assert sum(same(model, b.feeds).counts.values()) == 1
+
+
 def test_another_mask_on_the_probabilities_is_no_mask_of_the_scores():
     b = Attention(PRIMES)
     s = PRIMES
@@ -149,6 +165,26 @@ def test_another_mask_on_the_probabilities_is_no_mask_of_the_scores():
     result = same(model, b.feeds)
     assert not result.counts
     assert any("masks no score" in text for _, text in misses(result, "multi_head_attention"))
+
+
+def test_sizes_that_only_a_run_knows_are_declared():
+    """onnxruntime infers no shape through a Reshape to computed sizes, and of such values an Attention of width 0."""
+    b = Build(23)
+    x = b.input("x", ["B", "S", 8])
+    size = b.node("Shape", x, start=0, end=2)
+    rows = b.reshape(x, [-1, 8])
+
+    def projected(seed: int) -> str:
+        made = b.matmul(rows, numbers(8, 8, seed=seed))
+        split = b.node("Reshape", made, b.concat(size, np.array([2, 4]), axis=0))
+        return b.transpose(split, perm=[0, 2, 1, 3])
+
+    q, k, v = (projected(seed) for seed in (1, 2, 3))
+    scores = b.mul(b.matmul(q, b.transpose(k, perm=[0, 1, 3, 2])), 0.4)
+    attended = b.transpose(b.matmul(b.softmax(scores, axis=-1), v), perm=[0, 2, 1, 3])
+    y = b.matmul(b.node("Reshape", attended, b.concat(size, np.array([8]), axis=0)), numbers(8, 8, seed=4))
+    result = same(b.model(y), {"x": numbers(2, 3, 8)}, target="onnx")
+    assert result.counts == MULTI
 
 
 # Masks with a number that is not the smallest -----------------------------------------------------------------------

@@ -141,6 +141,27 @@ def test_a_shape_with_start_and_end():
     assert items(facts, "t") == (4, T)
 
 
+@pytest.mark.parametrize(("dtype", "known"), [(FLOAT, True), (TensorProto.DOUBLE, True), (TensorProto.FLOAT16, False)])
+def test_a_range_up_to_a_size_that_was_cast(dtype, known):
+    """Positions in half precision end at 2048, whatever the size is."""
+    kind = helper.tensor_dtype_to_np_dtype(dtype)
+    nodes = [
+        node("Shape", "x", "s", start=1, end=2),
+        node("Squeeze", "s", "size"),
+        node("Cast", "size", "limit", to=dtype),
+        node("Range", "zero limit one", "y"),
+    ]
+    facts = facts_of(nodes, {"x": ["B", "S", 4]}, {"zero": np.array(0, kind), "one": np.array(1, kind)})
+    assert (shape(facts, "y") == (S,)) is known
+
+
+def test_a_range_with_fractions_is_of_unknown_length():
+    nodes = [node("Range", "zero limit step", "y")]
+    constants = {"zero": np.float32(0), "limit": np.float32(5), "step": np.float32(0.5)}
+    (length,) = shape(facts_of(nodes, {"x": ["S"]}, constants), "y")
+    assert not isinstance(length, int)
+
+
 def test_an_expand_target_with_minus_one_is_read():
     """Exporters write Expand(x, Where(target == -1, ones, target)): a dimension is never -1."""
     nodes = [

@@ -76,6 +76,15 @@ def counted(b: Attention) -> str:
     return b.node("GreaterOrEqual", axis(b, numbers, 2), axis(b, numbers, 3))
 
 
+def numbered(b: Attention) -> str:
+    """Rows and columns of positions that are counted through the whole square, as TensorFlow's band is exported."""
+    ones = b.expand(np.array([1]), b.unsqueeze(b.node("Mul", length(b), length(b)), [0]))
+    size = b.unsqueeze(length(b), [0])
+    number = b.node("Reshape", b.node("CumSum", ones, np.array(0), exclusive=1), b.concat(size, size, axis=0))
+    above = b.sub(b.node("Mod", number, size), b.div(number, size))
+    return b.node("Not", b.node("Greater", above, np.array(0)))
+
+
 def lower_ones(b: Attention) -> str:
     return b.cast(b.node("Trilu", square(b, 1.0), upper=0), to=BOOL)
 
@@ -99,7 +108,7 @@ def with_what_hides_nothing(b: Attention) -> str:
 
 
 CAUSAL = [
-    at_most, not_after, below_the_next, counted, lower_ones, not_upper_ones, stored, stored_numbers,
+    at_most, not_after, below_the_next, counted, numbered, lower_ones, not_upper_ones, stored, stored_numbers,
     with_what_hides_nothing,
 ]  # fmt: skip
 
@@ -116,6 +125,18 @@ def multiplied(b: Attention, keep: str, scores: str, fill: float) -> str:
     return b.add(b.mul(b.sub(1.0, b.cast(keep, to=FLOAT)), fill), scores)
 
 
+def blended(b: Attention, keep: str, scores: str, fill: float) -> str:
+    """scores keep + fill (1 - keep), as GPT-2 has it."""
+    kept = b.cast(keep, to=FLOAT)
+    return b.sub(b.mul(scores, kept), b.mul(b.sub(1.0, kept), -fill))
+
+
+def selected(b: Attention, keep: str, scores: str, fill: float) -> str:
+    """The same with the mask negated, as TensorFlow's Select is exported."""
+    hidden = b.mul(fill, b.cast(b.node("Not", keep), to=FLOAT))
+    return b.add(b.mul(b.cast(keep, to=FLOAT), scores), hidden)
+
+
 def clamped(b: Attention, keep: str, scores: str, fill: float) -> str:
     return b.max(added(b, keep, scores, fill), SMALLEST)
 
@@ -129,7 +150,11 @@ def attend(keep, put=chosen, fill: float = SMALLEST, *, opset: int = 17, scale: 
 @pytest.mark.parametrize("keep", CAUSAL, ids=lambda keep: keep.__name__)
 @pytest.mark.parametrize(
     ("put", "fill"),
-    [(chosen, SMALLEST), (chosen, -np.inf), (chosen, -1e4), (added, -np.inf), (multiplied, -1e4), (clamped, -np.inf)],
+    [
+        *((chosen, fill) for fill in (SMALLEST, -np.inf, -1e4)),
+        *((added, -np.inf), (multiplied, -1e4), (clamped, -np.inf)),
+        *((blended, -1e4), (selected, 0.7 * SMALLEST)),
+    ],
     ids=lambda value: getattr(value, "__name__", f"{value:g}" if isinstance(value, float) else ""),
 )
 def test_a_causal_mask_is_an_attribute(keep, put, fill):

@@ -59,6 +59,67 @@ def test_a_layer_norm_in_every_spelling_computes_the_formula(square, root, swapp
     np.testing.assert_allclose(got, reference(feed["x"], gamma, beta, 1e-3), rtol=1e-4, atol=1e-5)
 
 
+SPREAD = {
+    "x a + (beta - mean a)": lambda b, x, u, a, beta: b.add(b.mul(x, a), b.sub(beta, b.mul(u, a))),
+    "x a + (-mean a + beta)": lambda b, x, u, a, beta: b.add(b.mul(x, a), b.add(b.mul(b.neg(u), a), beta)),
+    "(x a + beta) - mean a": lambda b, x, u, a, beta: b.sub(b.add(b.mul(x, a), beta), b.mul(u, a)),
+    "x a - mean a": lambda b, x, u, a, beta: b.sub(b.mul(x, a), b.mul(u, a)),
+}
+
+
+def spread(b: Build, form: str, *, pooled: bool = False) -> tuple[str, str]:
+    """A norm of which scale over root, a = gamma / sqrt(variance + eps), is multiplied by x and by its mean."""
+    x = b.input("x", ["B", 3, 5])
+    mean = (lambda own: b.node("GlobalAveragePool", own)) if pooled else b.mean
+    u = mean(x)
+    d = b.sub(x, u)
+    a = b.mul(b.reciprocal(b.sqrt(b.add(mean(b.mul(d, d)), 1e-3))), numbers(5, seed=1))
+    return SPREAD[form](b, x, u, a, numbers(5, seed=2)), a
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("form", SPREAD)
+def test_scale_over_root_may_be_multiplied_by_x_and_by_its_mean(form, pooled):
+    """How TensorFlow normalizes a batch, and writes every LayerNormalization; there the mean is a pool."""
+    b = Build()
+    feed = {"x": numbers(2, 3, 5)}
+    y, _ = spread(b, form, pooled=pooled)
+    result = same(b.model(y), feed)
+    assert result.counts == NORMED
+    assert operators(result.model)["LayerNormalization"] == 1
+    (got,) = run(result.model, feed).values()
+    bias = 0.0 if form == "x a - mean a" else numbers(5, seed=2)
+    np.testing.assert_allclose(got, reference(feed["x"], numbers(5, seed=1), bias, 1e-3), rtol=1e-4, atol=1e-5)
+
+
+def test_scale_over_root_that_is_read_elsewhere_stays():
+    b = Build()
+    y, a = spread(b, "x a + (beta - mean a)")
+    assert same(b.model(y, a), {"x": numbers(2, 3, 5)}).counts == {}
+
+
+def test_the_mean_over_another_root_is_another_function():
+    b = Build()
+    x = b.input("x", ["B", 5])
+    u = b.mean(x)
+    d = b.sub(x, u)
+    root = b.sqrt(b.add(b.mean(b.mul(d, d)), 1e-3))
+    y = b.add(b.div(x, root), b.sub(numbers(5, seed=2), b.div(u, b.sqrt(b.add(root, 1e-3)))))
+    assert same(b.model(y), {"x": numbers(2, 5)}).counts == {}
+
+
+def test_a_global_pool_is_a_mean_over_all_axes_after_the_second():
+    b = Build()
+    x = b.input("x", ["B", "S", 4, 5])
+    d = b.sub(x, b.node("GlobalAveragePool", x))
+    y = b.div(d, b.sqrt(b.add(b.node("GlobalAveragePool", b.mul(d, d)), 1e-3)))
+    feed = {"x": numbers(2, 3, 4, 5)}
+    result = same(b.model(y), feed)
+    assert result.counts == NORMED
+    (got,) = run(result.model, feed).values()
+    np.testing.assert_allclose(got, reference(feed["x"], axes=(-2, -1), eps=1e-3), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("eps", [1e-1, 1e-3, 1e-5, 1e-12])
 @pytest.mark.parametrize("by", ["initializer", "constant node", "computed"])
 def test_epsilon_is_read_and_never_defaulted(eps, by):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from onnx import TensorProto
+
 from fusion.dims import Dim, broadcast, divide, floordiv, lower, product
 from fusion.facts import contrib, pieces, products, windows
 from fusion.facts.common import Dims, attribute_int, attribute_ints, input_shape, listed_dims
@@ -213,14 +215,26 @@ def _constant_of_shape(facts: Facts, node: Node, slot: int) -> Dims | None:
 
 
 def _range(facts: Facts, node: Node, slot: int) -> Dims | None:
-    bounds = [facts.integers(value) for value in node.inputs if value is not None]
-    items = [found.items[0] if found is not None and len(found.items) == 1 else None for found in bounds]
-    if len(items) != 3 or any(isinstance(item, bool) for item in items):
-        return [None]
-    start, limit, delta = items
+    start, limit, delta = (None if value is None else _bound(facts, value) for value in node.inputs)
     if start is None or limit is None or not isinstance(delta, int) or delta == 0:
         return [None]
     return [pieces.count(facts, start, limit, delta)]
+
+
+def _bound(facts: Facts, value: Value) -> Dim | None:
+    """A bound of a range, where it is an integer, also in single or double precision.
+
+    A size that was cast is taken to be below 2**24: beyond, a range in single precision repeats its numbers.
+    """
+    node = value.producer
+    if node is not None and node.key == "Cast" and facts.dtype(value) in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        value = node.inputs[0] or value
+    number = facts.number(value)
+    if number is not None:
+        return int(number) if number.is_integer() else None
+    found = facts.integers(value)
+    item = found.items[0] if found is not None and len(found.items) == 1 else None
+    return None if isinstance(item, bool) else item
 
 
 def _arg(facts: Facts, node: Node, slot: int) -> Dims | None:

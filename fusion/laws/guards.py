@@ -1,7 +1,6 @@
 """Guards: what exporters write around a softmax against NaN; it belongs inside the region of the softmax.
 
-* `Where(IsNaN(p), 0, p)` gives 0 instead of NaN in rows that are masked everywhere.
-* `Where(mask, 0, p)` gives 0 where the mask hides, also in rows that are masked everywhere.
+`Where(IsNaN(p), 0, p)` gives 0 instead of NaN in rows that are masked everywhere.
 """
 
 from __future__ import annotations
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     from fusion.instances.spell import Beside, Speller
     from fusion.laws.writer import Written
     from fusion.models.graph import Node, Value
-    from fusion.terms import Ref
-    from fusion.view import View
 
 
 def guarded(node: Node, facts: Facts) -> Value | None:
@@ -34,18 +31,6 @@ def replaced(node: Node) -> tuple[Value, Value] | None:
     if value is None or other is None or test is None or test.op != "IsNaN" or test.inputs[0] is not value:
         return None
     return value, other
-
-
-def zeroed(node: Node, ref: Ref, view: View) -> tuple[Ref, Ref, bool] | None:
-    """(what is kept, the condition, its value where it is kept) where `node` puts 0 for some elements; else None."""
-    if node.key != "Where":
-        return None
-    for kept, other, keep in ((1, 2, True), (2, 1, False)):
-        zero = node.inputs[other]
-        if zero is not None and view.number(zero) == 0.0:
-            source, condition = view.operand(ref, node, kept), view.beside(ref, node, 0)
-            return None if source is None or condition is None else (source, condition, keep)
-    return None
 
 
 # -- spelling ---------------------------------------------------------------------------------------------------------

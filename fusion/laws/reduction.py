@@ -1,4 +1,7 @@
-"""Reduction: ReduceMean, ReduceSum, ReduceSumSquare and ReduceL2 over known axes are means, times the count."""
+"""Reduction: ReduceMean, ReduceSum, ReduceSumSquare and ReduceL2 over known axes are means, times the count.
+
+A global pool is a reduction over all axes after the second.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ if TYPE_CHECKING:
 
 COUNTED = frozenset({"ReduceSum", "ReduceSumSquare", "ReduceL2"})
 """Reductions that are a mean times a number."""
-OPERATORS = frozenset({"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceMax"})
+KINDS = {"ReduceMean": "mean", "GlobalAveragePool": "mean", "ReduceMax": "max", "GlobalMaxPool": "max"}
+POOLS = frozenset({"GlobalAveragePool", "GlobalMaxPool"})
+OPERATORS = COUNTED | KINDS.keys()
 
 
 def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
@@ -31,10 +36,8 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
     if operand is None:
         return None
     child, rank = operand
-    if node.op == "ReduceMax":
-        return leaf(Reduce("max", view.peel(child).ref, rank))
-    if node.op == "ReduceMean":
-        return leaf(Reduce("mean", view.peel(child).ref, rank))
+    if node.op in KINDS:
+        return leaf(Reduce(KINDS[node.op], view.peel(child).ref, rank))
     count = product(child.layout.shape[-rank:])
     if not isinstance(count, int):
         return None
@@ -51,11 +54,12 @@ def lift(node: Node, ref: Ref, view: View) -> tuple[Ref, int] | None:
     """Return the operand of a reduction with one coordinate axis more per reduced axis, and how many those are."""
     value = node.inputs[0]
     shape = view.facts.shape(value) if value is not None else None
-    reduced = axes(node, view.facts)
-    if value is None or shape is None or reduced is None:
+    pooled = node.op in POOLS
+    reduced = tuple(range(2, len(shape or ()))) if pooled else axes(node, view.facts)
+    if value is None or shape is None or reduced is None or (pooled and not reduced):
         return None
     kept = [axis for axis in range(len(shape)) if axis not in reduced]
-    if attribute(node, "keepdims") == 0:
+    if not pooled and attribute(node, "keepdims") == 0:
         axis_of: list[int | None] = list(kept)
     else:
         axis_of = [None if axis in reduced else axis for axis in range(len(shape))]

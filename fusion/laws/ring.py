@@ -47,7 +47,36 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
     for index, (term, origin) in enumerate(zip(factors, origins, strict=True)):
         sign = -1.0 if node.op == "Sub" and index == 1 else 1.0
         items.append(Item(sign * term.coef, term.factors, origin, sign))
-    return add(0.0, items)
+    return _gathered(add(0.0, items), view)
+
+
+def _gathered(term: Prod, view: View) -> Prod:
+    """A sum in which summands are one that alone read a factor: x a - y a + b is (x - y) a + b, and a is opened.
+
+    What several summands read is one thing, and read once when it is pulled out of them.
+    """
+    single = term.single
+    if not isinstance(single, Sum):
+        sums = [atom for atom, _ in term.factors if isinstance(atom, Sum)]
+        summands = len(sums[0].items) + bool(sums[0].const) if len(sums) == 1 else 0
+        return multiply(number(term.coef), *(_opened(atom, own, summands, view) for atom, own in term.factors))
+    for atom in dict.fromkeys(atom for item in single.items for atom, _ in item.factors):
+        among = [item for item in single.items if atom in dict(item.factors)]
+        if not isinstance(atom, Ref) or not 1 < len(among) == view.readers(atom.value):
+            continue
+        inner = add(0.0, among)
+        if not isinstance(inner.single, Sum):
+            inner = _gathered(inner, view)
+            others = [item for item in single.items if item not in among]
+            return _gathered(add(single.const, [Item(inner.coef, inner.factors), *others]), view)
+    return term
+
+
+def _opened(atom: Atom, exponent: float, summands: int, view: View) -> Prod:
+    """A factor that was pulled out of summands: opened where they alone read it."""
+    alone = isinstance(atom, Ref) and 1 < summands == view.readers(atom.value)
+    opened = power(view.expand(atom), exponent) if isinstance(atom, Ref) and alone else None
+    return opened or Prod(1.0, ((atom, exponent),))
 
 
 def one_level(ref: Ref, view: View) -> Prod | None:

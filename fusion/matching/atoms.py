@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fusion import plan as p
 from fusion.language import letters_of
-from fusion.laws import guards, linear, reduction, ring, softmax
+from fusion.laws import guards, linear, reduction, ring, selection, softmax
 from fusion.layout import Layout
 from fusion.matching.describe import describe
 from fusion.matching.state import Context, Entry, State
@@ -132,9 +132,10 @@ class Atoms:
             opened = self.view.expand(Ref(passed, given.layout))
             yield from self.matcher.products.match(leaf(atom), opened, context, state, passed.name)
             return
-        if zeroed := guards.zeroed(node, given, self.view):
-            yield from self._zeroed(atom, zeroed, context, state)
-            return
+        for selected in selection.selections(node, given, self.view):
+            if selected.fill == 0.0 and selected.coef == 1.0:
+                yield from self._zeroed(atom, selected, context, state)
+                return
         replaced = guards.replaced(node) if self.record else None
         if replaced is not None:
             masked, number = replaced
@@ -204,17 +205,17 @@ class Atoms:
         return bound
 
     def _zeroed(
-        self, atom: p.Softmax, zeroed: tuple[Ref, Ref, bool], context: Context, state: State
+        self, atom: p.Softmax, selected: selection.Selection, context: Context, state: State
     ) -> Iterator[State]:
         """A softmax that is 0 where a mask hides: the mask is one more part of what stands beside the scores."""
-        source, condition, keep = zeroed
-        ref = self.view.peel(source).ref
+        ref = self.view.peel(selected.chosen).ref
+        entry = Entry("zero", selected.condition, 1.0, selected.keep, read=selected.read)
         single = atom.child.single
         spine = self.matcher.spine(single, context) if isinstance(single, Sum) else None
         if ref.value.producer is None or spine is None:
             return
         for matched in self.softmax(atom, ref.value.producer, ref, context, state):
-            yield from spine.outermost(Entry("zero", condition, 1.0, keep), matched)
+            yield from spine.outermost(entry, matched)
 
     def _reduction(self, kind: str, given: Atom) -> tuple[Reduce, float] | None:
         """The reduction of this kind that a factor is, and the number it is multiplied by."""

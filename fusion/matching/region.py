@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fusion.matching.state import Miss, State
+from fusion.matching.state import Miss, State, entries
 from fusion.models.graph import Node, Value
 from fusion.terms import Ref
 from fusion.verdict import Verdict
@@ -35,7 +35,8 @@ class Region:
 
 def region_of(view: View, root: Value, state: State) -> Region | Miss:
     """The region of a match, or the obligation it breaks."""
-    stops = set(sources(state))
+    rest = [entry for capture in state.bound.values() for entry in entries(capture)]
+    stops = {*sources(state), *(value for entry in rest for value in entry.read)}
     kept = {ref.value for ref in state.kept.values()}
     producer = root.producer
     if producer is None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from fusion import plan as p
 from fusion.language import letters_of
-from fusion.laws import linear, ring
+from fusion.laws import linear, ring, selection
 from fusion.matching.describe import spell_dims
 from fusion.matching.state import Context, Entry, State
 from fusion.matching.state import entries as entries_of
@@ -40,8 +40,11 @@ class Spine:
         node = ref.value.producer
         if node is None or node.domain:
             return
-        if node.op == "Where":
-            yield from self._where(node, ref, coef, entries, state)
+        selected = list(selection.selections(node, ref, view))
+        if selected or node.op == "Where":
+            for found in selected:
+                entry = Entry("mask", found.condition, 1.0, found.keep, found.fill * coef, found.read)
+                yield from self.walk(found.chosen, found.coef * coef, (*entries, entry), state)
         elif node.op in ring.SUMS:
             yield from self._sum(node, ref, coef, entries, state)
         elif node.op == "Max":
@@ -72,17 +75,6 @@ class Spine:
             found = f"{sizes}, which may be broadcast"
             wanted = "scores that have the shape of their sum"
             yield from self.matcher.miss(state, "dimension", wanted, found, 1, node.label, Verdict.UNKNOWN)
-
-    def _where(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
-        view = self.matcher.view
-        condition, yes, no = view.beside(ref, node, 0), view.operand(ref, node, 1), view.operand(ref, node, 2)
-        if condition is None or yes is None or no is None:
-            return
-        for scores, other, keep in ((yes, no, True), (no, yes, False)):
-            fill = view.number(other.value)
-            if fill is not None:
-                entry = Entry("mask", condition, 1.0, keep, fill * coef)
-                yield from self.walk(scores, coef, (*entries, entry), state)
 
     def _clamp(self, node: Node, ref: Ref, coef: float, entries: tuple[Entry, ...], state: State) -> Iterator[State]:
         view = self.matcher.view

@@ -57,6 +57,7 @@ class Entry(NamedTuple):
         kind: "term" (coef * ref is added), "mask" (where ref is not `keep`, the score becomes `fill`), "clamp" (the
             score is at least `fill`) or "zero" (where ref is not `keep`, the softmax gives 0).
         ref: the value, in the axes of the capture.
+        read: values that say what the part does, of which none is computed from the scores.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Entry(NamedTuple):
     coef: float = 1.0
     keep: bool = True
     fill: float = 0.0
+    read: tuple[Value, ...] = ()
 
 
 Bound = Ref | float | tuple[Entry, ...]

@@ -42,7 +42,7 @@ def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
                 term = op.shared("Mul", [term, op.scalar(entry.coef)], ref.layout.shape)
             bias = term if bias is None else op.shared("Add", [bias, term], ref.layout.shape)
             continue
-        if entry.fill > _smallest(found) and not _hides(found, entry, entries):
+        if not _absorbs(found, entry.fill) and not _hides(found, entry, entries):
             raise Unmet(
                 f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
                 "in rows masked everywhere",
@@ -97,6 +97,11 @@ def _smallest(found: Found) -> float:
     return 0.999 * float(np.finfo(helper.tensor_dtype_to_np_dtype(found.dtype)).min)
 
 
+def _absorbs(found: Found, fill: float) -> bool:
+    """Whether scores vanish when a number is added to them: it is beyond half the smallest, as Keras writes it."""
+    return fill <= _smallest(found) / 2
+
+
 def _added(found: Found, entry: Entry) -> Halves | None:
     """What a mask or a term adds to scores, or as good as adds; None where nobody knows."""
     halves = None if entry.kind == "clamp" else read(found.view, entry.ref)
@@ -107,11 +112,12 @@ def _added(found: Found, entry: Entry) -> Halves | None:
 
 
 def _hides(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> bool:
-    """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row
-    keeps a key beside which the others vanish."""
+    """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row keeps a
+    key beside which the others vanish, or is 0 in the end."""
     after = entries[: entries.index(entry)]
     only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
-    return only and keeps_a_key(found.view, entry.ref, entry.keep)
+    cleared = any((other.ref, other.keep) == (entry.ref, entry.keep) for other in after)
+    return only and (cleared or keeps_a_key(found.view, entry.ref, entry.keep))
 
 
 def _beside(op: Builder, found: Found, entry: Entry, keep: int) -> tuple[Ref, Operand]:

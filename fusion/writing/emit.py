@@ -237,9 +237,9 @@ class Builder:
         """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where they do
         nothing.
 
-        `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
-        smallest number of the dtype, or -inf, or where every row keeps a key, a large one. In half precision only -inf
-        does: kernels compute in float there.
+        `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: at least
+        half the smallest number of the dtype, or -inf, or where every row keeps a key, a large one. In half precision
+        only -inf does: kernels compute in float there.
 
         Raises:
             Unmet: a mask has another fill.

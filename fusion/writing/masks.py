@@ -35,10 +35,10 @@ _DEPTH = 24
 
 
 class Line(NamedTuple):
-    """The integer row * i + column * j + constant at row i and column j."""
+    """The integer row * i + column * j + constant at row i and column j; a row is longer by sizes that are symbols."""
 
-    row: int
-    column: int
+    row: Dim
+    column: Dim
     constant: Dim
 
     def plus(self, other: Line, factor: int = 1) -> Line:
@@ -80,7 +80,8 @@ def keeps_a_key(view: View, ref: Ref, keep: bool) -> bool:
     mask = read(view, ref)
     if mask is None or bool(mask.inside) != keep:
         return False
-    return mask.line is None or (mask.line.row <= 0 and view.facts.lower(-mask.line.constant) >= 0)
+    line = mask.line
+    return line is None or (isinstance(line.row, int) and line.row <= 0 and view.facts.lower(-line.constant) >= 0)
 
 
 class _Reader:
@@ -114,7 +115,7 @@ class _Reader:
             return self._positions(node, ref)
         if node.op == "Trilu":
             return self._triangle(node, ref)
-        if node.op not in ELEMENTWISE:
+        if node.op not in ELEMENTWISE and node.op != "Mod":
             return None
         places = [self.view.operand(ref, node, index) for index in range(len(node.inputs))]
         return self._computed(node, [None if place is None else self.read(place, depth - 1) for place in places])
@@ -136,10 +137,8 @@ class _Reader:
                 line = None if axis is None else lines[axis]
                 if axis is None or line is None:
                     continue
-                single = len(factors) == 1 and isinstance(stride, int) and coordinate >= last - 1
-                step = cast(int, stride) if single else 0
-                added = Line(step, 0, 0) if coordinate == last - 1 else Line(0, step, 0)
-                lines[axis] = line.plus(added) if single else None
+                added = Line(stride, 0, 0) if coordinate == last - 1 else Line(0, stride, 0)
+                lines[axis] = line.plus(added) if len(factors) == 1 and coordinate >= last - 1 else None
         return lines
 
     def _stored(self, ref: Ref) -> Formula:
@@ -207,15 +206,16 @@ class _Reader:
         lines = [self._line(operand) for operand in operands]
         if any(isinstance(operand, Line) for operand in operands):
             return self._of_lines(node, cast("list[Line]", lines)) if None not in lines else None
+        rule = ELEMENTWISE.get(node.op)
         halves = [operand for operand in operands if isinstance(operand, Halves)]
         tests = {half.line for half in halves if half.line is not None}
-        if len(tests) > 1:
+        if rule is None or len(tests) > 1:
             return None
         sides = []
         for side in ("inside", "outside"):
             pairs = zip(node.inputs, operands, strict=True)
             given = {value: getattr(half, side) for value, half in pairs if half is not None}
-            number = ELEMENTWISE[node.op](cast(Facts, _Side(self.facts, given)), node)
+            number = rule(cast(Facts, _Side(self.facts, given)), node)
             if number is None:
                 return None
             sides.append(number)
@@ -236,17 +236,28 @@ class _Reader:
             return None
         if node.op in ("Add", "Sub"):
             return lines[0].plus(lines[1], 1 if node.op == "Add" else -1)
+        if node.op in ("Mod", "Div"):
+            return self._wrapped(node.op, *lines)
         return lines[0] if node.op == "Cast" else None
 
-    def _halves(self, line: Line, inside: float, outside: float) -> Halves:
+    def _wrapped(self, op: str, position: Line, width: Line) -> Line | None:
+        """The column, or the row, of a position that is counted row by row."""
+        rows, columns, start = position
+        if start != 0 or columns != 1 or not rows == width.constant == self.sizes[1]:
+            return None
+        return Line(0, 1, 0) if op == "Mod" else Line(1, 0, 0)
+
+    def _halves(self, line: Line, inside: float, outside: float) -> Halves | None:
         """The two sides of a line, in the direction in which columns grow; one where the other has no element."""
-        if (line.column, line.row) < (0, 0):
-            line, inside, outside = line.times(-1).plus(Line(0, 0, 1)), outside, inside
+        row, column, constant = line
+        if not isinstance(row, int) or not isinstance(column, int):
+            return None
+        if (column, row) < (0, 0):
+            return self._halves(line.times(-1).plus(Line(0, 0, 1)), outside, inside)
         rows, columns = self.sizes
-        most = line.constant + line.column * (columns - 1) + max(line.row, 0) * (rows - 1)
-        if self.facts.lower(-most) >= 0:
+        if self.facts.lower(-(constant + column * (columns - 1) + max(row, 0) * (rows - 1))) >= 0:
             return Halves(None, inside, inside)
-        if self.facts.lower(line.constant + min(line.row, 0) * (rows - 1)) >= 1:
+        if self.facts.lower(constant + min(row, 0) * (rows - 1)) >= 1:
             return Halves(None, outside, outside)
         return Halves(line, inside, outside)
 
