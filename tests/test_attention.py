@@ -369,11 +369,7 @@ def test_scores_replaced_where_masked(fill, whole_row, inverted):
         return b.where(b.node("Not", keep), fill, scores) if inverted else b.where(keep, scores, fill)
 
     result = same(b.model(b.whole(*b.qkv(), mask=mask)), b.feeds)
-    if fill == -1e4:
-        assert result.counts == {}
-        assert any("does not absorb them" in text for kind, text in misses(result, "self_attention"))
-    elif fill == SMALLEST:
-        assert result.counts == FUSED
+    assert result.counts == FUSED or np.isinf(fill)
 
 
 @pytest.mark.parametrize("whole_row", [False, True])

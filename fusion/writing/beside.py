@@ -14,7 +14,7 @@ from fusion.matching.state import Entry
 from fusion.matching.state import entries as entries_of
 from fusion.terms import Ref
 from fusion.writing.found import Found, New, Operand, Unmet
-from fusion.writing.masks import ABSORBING, Halves, Line, keeps_a_key, read
+from fusion.writing.masks import ABSORBED, ABSORBING, Halves, Line, keeps_a_key, read
 from fusion.writing.sizes import int64
 
 if TYPE_CHECKING:
@@ -40,15 +40,15 @@ def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
                 term = op.shared("Mul", [term, op.scalar(entry.coef)], ref.layout.shape)
             bias = term if bias is None else op.shared("Add", [bias, term], ref.layout.shape)
             continue
-        if entry.fill > _smallest(found) and not _hides(found, entry, entries):
+        fill = _hiding(found, entry, entries)
+        if fill is None:
             raise Unmet(
                 f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
                 "in rows masked everywhere",
                 place=entry.ref.value.name,
             )
-        kept = op.scalar(0.0) if bias is None else bias
-        fill = op.scalar(entry.fill)
-        choices = [kept, fill] if entry.keep else [fill, kept]
+        kept, hidden = op.scalar(0.0) if bias is None else bias, op.scalar(fill)
+        choices = [kept, hidden] if entry.keep else [hidden, kept]
         bias = op.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
     return bias
 
@@ -104,12 +104,21 @@ def _added(found: Found, entry: Entry) -> Halves | None:
     return Halves(halves.line, *sides)
 
 
-def _hides(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> bool:
-    """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row
-    keeps a key beside which the others vanish."""
-    after = entries[: entries.index(entry)]
-    only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
-    return only and keeps_a_key(found.view, entry.ref, entry.keep)
+def _hiding(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> float | None:
+    """What is added where a mask hides keys, so that it is as if the scores there were the mask's number.
+
+    That is the number where it absorbs every score. Where a smaller one does and the mask is all there is beside the
+    scores, it is the smaller one: beside a key that is kept both hide, and in a row without any both make all scores equal.
+    """
+    smallest = _smallest(found)
+    if entry.fill <= smallest:
+        return entry.fill
+    alone = all(other is entry or _is_idle(found, other) or _is_low(found, other) for other in entries)
+    if not alone or entry.fill > ABSORBING:
+        return None
+    if np.isfinite(smallest):
+        return ABSORBED
+    return entry.fill if keeps_a_key(found.view, entry.ref, entry.keep) else None
 
 
 def _beside(op: Builder, found: Found, entry: Entry, keep: int) -> tuple[Ref, Operand]:
