@@ -540,3 +540,28 @@ def test_what_is_no_root_may_be_clipped():
     x = b.input("x", ["B", 5])
     total = b.node("ReduceSumSquare", x, axes=[-1])
     assert not same(b.model(b.div(x, b.node("Clip", total, 1e-12))), {"x": numbers(4, 5)}).counts
+
+
+# A residual in single precision before a norm in half ----------------------------------------------------------------
+
+
+def narrowed(b: Build, x: str, outer: int = HALF) -> tuple[str, int, None]:
+    """Computed in the type of the graph, given on in a narrower one."""
+    return b.mul(b.cast(rms_norm(b, x), to=outer), numbers(5, seed=1, dtype=outer)), outer, None
+
+
+def test_what_is_too_large_for_half_is_not_cast_to_it():
+    b = Build()
+    y = narrowed(b, b.input("x", ["B", 5]))
+    same(b.model(y), {"x": numbers(2, 5) * np.float32(1e6)}, tolerance=2e-2)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(FLOAT, HALF), (DOUBLE, FLOAT)])
+def test_a_residual_sum_keeps_its_type(inner, outer):
+    """Also where what it is made of has been cast for norms of its own."""
+    b = Build(dtype=inner)
+    x, skip = b.input("x", ["B", 4, 5]), b.input("skip", ["B", 4, 5])
+    total = b.add(x, skip)
+    model = b.model(*(narrowed(b, value, outer) for value in (x, skip, total)), b.relu(total))
+    feeds = {"x": numbers(2, 4, 5, dtype=inner), "skip": numbers(2, 4, 5, seed=1, dtype=inner)}
+    same(model, feeds, tolerance=2e-2)
