@@ -303,11 +303,12 @@ def test_signals_get_the_length_that_a_convolution_needs() -> None:
 
 
 def test_a_decoder_that_takes_one_new_token_only() -> None:
-    text = """g (float[b, new, 4] x, float[b, past, 4] k, float[b, total] mask) => (float[b, total, 4] y) <int64[1] at = {1}> {
-      single = Squeeze (x, at) again = Unsqueeze (single, at) whole = Concat <axis = 1> (k, again)
+    text = """g (float[b, new, 4] x, float[b, past, 4] k, float[b, total] mask) => (float[b, total, 4] y)
+      <int64[1] at = {1}> { single = Squeeze (x, at) again = Unsqueeze (single, at) whole = Concat <axis = 1> (k, again)
       last = Constant <value_ints = [-1]> () m = Unsqueeze (mask, last) y = Mul (whole, m) }"""
     report = verify(model(text), model(text))
-    assert report.equal and report.runs > 1
+    assert report.equal
+    assert report.runs > 1
 
 
 def test_wanted_sizes_are_kept_and_unknown_ones_are_an_error() -> None:

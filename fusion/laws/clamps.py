@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 OPERATORS = frozenset({"Clip", "HardSigmoid"})
 LARGEST = 3.4e38
-"""From here on an upper bound is none."""
+"""An upper bound above it is none."""
 TINY = 1.001e-12
 """What roots are kept above so that nobody divides by 0; a norm is taken to be 0 or far above it."""
 
 
 def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
-    """Return high clamp(x / high) for Clip, clamp(alpha x + beta) for HardSigmoid, and for a root x that is kept above
-    a tiny number sqrt(x² + low²).
+    """Return high clamp(x / high) for Clip, clamp(alpha x + beta) for HardSigmoid, sqrt(x² + low²) for a root x that is
+    only kept above a tiny number.
 
-    None where a bound is absent or no known number, or the upper one is not above 0.
+    None where a bound is no known number, another one is absent, or the upper one is not above 0.
     """
     operand = view.operand(ref, node, 0)
     if operand is None:
@@ -44,12 +44,13 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
         bounds = [attribute(node, name) for name in ("min", "max")]
     else:
         bounds = [None if value is None else view.number(value) for value in (node.input(1), node.input(2))]
+        if node.input(2) is None:
+            bounds[1] = inf
     low, high = bounds
-    open_above = attribute(node, "max") >= LARGEST if node.version < 11 else node.input(2) is None
-    if open_above and isinstance(low, float) and 0.0 < low <= TINY:
-        return _rooted(view.factor(operand), low)
-    if not isinstance(low, float) or not isinstance(high, float) or not 0.0 < high < inf:
+    if not isinstance(low, float) or not isinstance(high, float) or high <= 0.0:
         return None
+    if high > LARGEST:
+        return _rooted(view.factor(operand), low) if 0.0 < low <= TINY else None
     return Prod(high, ((Clamp(multiply(number(1.0 / high), view.factor(operand)), low / high), 1.0),))
 
 

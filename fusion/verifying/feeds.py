@@ -188,7 +188,7 @@ class Feeder:
         raise NothingRan(f"found no inputs that the model takes ({first}): give some, as an .npz or a dict")
 
     def _candidates(self) -> Iterator[Habits]:
-        """Yield guesses, the plain ones first: independent sizes; one is the sum of two others; some are equal; one is 1."""
+        """Yield guesses, the plain ones first: independent sizes; one adds up others; some are equal; one is 1."""
         free = self._free
         relations: list[dict[str, tuple[str, ...]]] = [{}]
         if alike := self._alike():

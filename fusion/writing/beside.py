@@ -108,7 +108,7 @@ def _hiding(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> float | N
     """What is added where a mask hides keys, so that it is as if the scores there were the mask's number.
 
     That is the number where it absorbs every score. Where a smaller one does and the mask is all there is beside the
-    scores, it is the smaller one: beside a key that is kept both hide, and in a row without any both make all scores equal.
+    scores, it is the smaller one: beside a key that is kept both hide, in a row without any both make all scores equal.
     """
     smallest = _smallest(found)
     if entry.fill <= smallest:

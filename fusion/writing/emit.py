@@ -196,8 +196,9 @@ class Builder:
         nothing.
 
         `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: the
-        smallest number of the dtype, or -inf, or where every row keeps a key, a large one. In half precision only -inf
-        does: kernels compute in float there.
+        smallest number of the dtype, or -inf. Where nothing else is beside the scores, a number that does is written
+        for one that hides. In half precision only -inf does, as kernels compute in float there, or any that hides
+        where every row keeps a key.
 
         Raises:
             Unmet: a mask has another fill.

@@ -125,9 +125,9 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
         return found
     best: tuple[int, Value, _Steps] | None = None
     lying = list(_rearranged(view, ref.value, at))
-    if dtype in NARROW and not view.facts.is_constant(ref.value):
-        if all(view.facts.dtype(value) != dtype for value, _ in lying):
-            raise builder.unmet(f"{ref.value.name} is cast to {TensorProto.DataType.Name(dtype)} nowhere", ref.value)
+    cast = dtype not in NARROW or any(view.facts.dtype(value) == dtype for value, _ in lying)
+    if not cast and not view.facts.is_constant(ref.value):
+        raise builder.unmet(f"{ref.value.name} is cast to {TensorProto.DataType.Name(dtype)} nowhere", ref.value)
     for value, layout in lying:
         wanted = _express(ref.layout, layout)
         steps = _plan(wanted) if wanted is not None else None
