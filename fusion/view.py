@@ -27,8 +27,9 @@ MERGED = ring.SUMS | ring.PRODUCTS | powers.OPERATORS
 """Operators that a product or sum opens where their result is private."""
 
 
-OPENED = MERGED | reduction.COUNTED | normalization.OPERATORS
-"""Operators whose term is opened inside a product or sum: also reductions, whose count meets the numbers around."""
+OPENED = MERGED | reduction.COUNTED | normalization.OPERATORS | clamps.OPERATORS
+"""Operators whose term is opened inside a product or sum: also reductions and clamps, whose count and
+bounds meet the numbers around."""
 
 LAYOUTS = frozenset({"Expand", "Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that rearrange, whatever the sizes are."""

@@ -207,12 +207,36 @@ def test_a_causal_mask_hides_whatever_its_number():
     assert sum(same(masked(b, triangle(5), -1e4), b.feeds).counts.values()) == 1
 
 
-@pytest.mark.parametrize("case", ["a row without keys", "a small number", "a bias after it"])
+@pytest.mark.parametrize("fill", [-9e3, -1e4, -1e9, -1e20])
+def test_where_no_key_is_kept_all_scores_are_the_number(fill):
+    """Their mean comes out; scores that a number is added to would still differ."""
+    b = Attention(PRIMES, dynamic=False)
+    assert sum(same(masked(b, triangle(5, -1), fill), b.feeds).counts.values()) == 1
+
+
+def test_a_number_that_is_scaled_with_the_scores():
+    b = Attention(PRIMES, dynamic=False)
+    q, k, v = b.qkv()
+    scores = b.div(b.where(b.constant(triangle(5, -1)), b.matmul(q, k), -1e20), 2.5)
+    model = b.model(b.merged(b.matmul(b.softmax(scores, axis=-1), v)))
+    assert sum(same(model, b.feeds).counts.values()) == 1
+
+
+def padded_before_it(b: Attention) -> object:
+    """The first key is padding, so that all keys that the triangle leaves to the first query are hidden before it."""
+    q, k, v = b.qkv()
+    padding = b.constant(np.arange(5)[None, None, None] > 0)
+    scores = b.where(padding, b.mul(b.matmul(q, k), 0.4), SMALLEST)
+    scores = b.where(b.constant(triangle(5)), scores, -1e4)
+    return b.model(b.merged(b.matmul(b.softmax(scores, axis=-1), v)))
+
+
+@pytest.mark.parametrize("case", ["a small number", "a bias after it", "a mask before it"])
 def test_a_number_that_does_not_hide_is_refused(case):
     b = Attention(PRIMES, dynamic=False)
-    mask = triangle(5, -1 if case == "a row without keys" else 0)
     after = numbers(1, 1, 5, 5, seed=9, scale=-1e4) if case == "a bias after it" else None
-    model = masked(b, mask, -50.0 if case == "a small number" else -1e4, after)
+    fill = -50.0 if case == "a small number" else -1e4
+    model = padded_before_it(b) if case == "a mask before it" else masked(b, triangle(5), fill, after)
     result = same(model, b.feeds)
     assert not result.counts
     assert any("does not absorb" in text for _, text in misses(result, "multi_head_attention"))

@@ -514,6 +514,16 @@ def test_a_reshape_settles_an_unreadable_entry():
     assert shape(facts, "y") == (S, 4, 8)
 
 
+@pytest.mark.parametrize(("sizes", "learned"), [([2, 2, 2, 2], 2), ([3, 3, 3, 3], 3)])
+def test_sizes_of_a_split_say_how_long_the_whole_is(sizes, learned):
+    """Heads along the batch, for a batch that was written down: no other one gets through."""
+    nodes = [node("Concat", "x x x x", "c", axis=0), node("Split", "c sizes", "a b d e", axis=0)]
+    facts = facts_of(nodes, {"x": ["B", "S"]}, {"sizes": np.array(sizes)})
+    facts.learn()
+    assert facts.equal == {B: learned}
+    assert shape(facts, "x") == (learned, S)
+
+
 def test_several_broadcasts_are_settled_by_one_reshape():
     nodes = [
         node("Add", "a b", "x"),

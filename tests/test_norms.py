@@ -567,3 +567,62 @@ def test_a_layer_norm_without_eps_stays_a_norm_of_the_difference():
     result = same(model, {"x": np.full((2, 7), 0.1, np.float32)})
     assert result.counts == {"rms_norm": 1}
     assert operators(result.model)["ReduceMean"] == 1
+
+
+# A norm that is kept above a tiny number ----------------------------------------------------------------------------
+
+
+def normalised(b: Build, least: float = 1e-12, most: float | None = None) -> str:
+    """x / max(|x|, least), times the root of the size: RMS normalization as many write it."""
+    x = b.input("x", ["B", 5])
+    norm = b.node("ReduceL2", x, axes=[-1])
+    clipped = b.node("Clip", norm, least) if most is None else b.node("Clip", norm, least, most)
+    return b.mul(b.mul(b.div(x, clipped), float(np.sqrt(5.0))), numbers(5, seed=1))
+
+
+def test_a_norm_that_is_kept_from_zero():
+    b = Build()
+    x = numbers(4, 5) * np.array([[1.0], [0.0], [1e-5], [1e3]], np.float32)
+    result = same(b.model(normalised(b)), {"x": x})
+    assert result.counts == {"rms_norm": 1}
+    (got,) = run(result.model, {"x": x}).values()
+    length = np.maximum(np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True), 1e-12)
+    np.testing.assert_allclose(got, x / length * np.sqrt(5) * numbers(5, seed=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1e-3, None), (1e-12, 2.0)])
+def test_a_norm_that_is_clipped_otherwise_is_another_function(least, most):
+    b = Build()
+    assert not same(b.model(normalised(b, least, most)), {"x": numbers(4, 5) * 1e-3}).counts
+
+
+def test_what_is_no_root_may_be_clipped():
+    b = Build()
+    x = b.input("x", ["B", 5])
+    total = b.node("ReduceSumSquare", x, axes=[-1])
+    assert not same(b.model(b.div(x, b.node("Clip", total, 1e-12))), {"x": numbers(4, 5)}).counts
+
+
+# A residual in single precision before a norm in half ----------------------------------------------------------------
+
+
+def narrowed(b: Build, x: str, outer: int = HALF) -> tuple[str, int, None]:
+    """Computed in the type of the graph, given on in a narrower one."""
+    return b.mul(b.cast(rms_norm(b, x), to=outer), numbers(5, seed=1, dtype=outer)), outer, None
+
+
+def test_what_is_too_large_for_half_is_not_cast_to_it():
+    b = Build()
+    y = narrowed(b, b.input("x", ["B", 5]))
+    same(b.model(y), {"x": numbers(2, 5) * np.float32(1e6)}, tolerance=2e-2)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(FLOAT, HALF), (DOUBLE, FLOAT)])
+def test_a_residual_sum_keeps_its_type(inner, outer):
+    """Also where what it is made of has been cast for norms of its own."""
+    b = Build(dtype=inner)
+    x, skip = b.input("x", ["B", 4, 5]), b.input("skip", ["B", 4, 5])
+    total = b.add(x, skip)
+    model = b.model(*(narrowed(b, value, outer) for value in (x, skip, total)), b.relu(total))
+    feeds = {"x": numbers(2, 4, 5, dtype=inner), "skip": numbers(2, 4, 5, seed=1, dtype=inner)}
+    same(model, feeds, tolerance=2e-2)

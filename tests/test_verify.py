@@ -302,6 +302,15 @@ def test_signals_get_the_length_that_a_convolution_needs() -> None:
     assert next(iter(feeder(text))).values["x"].shape[2] >= 50
 
 
+def test_a_decoder_that_takes_one_new_token_only() -> None:
+    text = """g (float[b, new, 4] x, float[b, past, 4] k, float[b, total] mask) => (float[b, total, 4] y)
+      <int64[1] at = {1}> { single = Squeeze (x, at) again = Unsqueeze (single, at) whole = Concat <axis = 1> (k, again)
+      last = Constant <value_ints = [-1]> () m = Unsqueeze (mask, last) y = Mul (whole, m) }"""
+    report = verify(model(text), model(text))
+    assert report.equal
+    assert report.runs > 1
+
+
 def test_wanted_sizes_are_kept_and_unknown_ones_are_an_error() -> None:
     assert all("n=5" in feed.label for feed, _ in zip(feeder(GELU, sizes={"n": 5}), range(4), strict=False))
     with pytest.raises(ModelError, match="no dimension 'm': the model's named dimensions are batch, n"):
@@ -311,11 +320,19 @@ def test_wanted_sizes_are_kept_and_unknown_ones_are_an_error() -> None:
 def test_half_precision_inside_counts_for_outputs_in_single_precision() -> None:
     text = "g (float[n] x) => (float[n] y) { h = Cast <to = 10> (x) m = Mul (h, h) y = Cast <to = 1> (m) }"
     assert compute_precision(model(text)) == np.dtype("float16")
-    assert compute_precision(model(GELU)) is None
+    assert compute_precision(model(GELU)) == np.dtype("float32")
     single = "g (float[n] x) => (float[n] y) { y = Mul (x, x) }"
     assert verify(model(text), model(single)).equal
     stored = "g (float[n] x) => (float[n] y) <float16 c = {3}> { w = Cast <to = 1> (c) y = Mul (x, w) }"
-    assert compute_precision(model(stored)) is None
+    assert compute_precision(model(stored)) == np.dtype("float32")
+
+
+def test_single_precision_inside_counts_for_outputs_in_double() -> None:
+    text = "g (double[n] x) => (double[n] y) { h = Cast <to = 1> (x) m = Mul (h, h) y = Cast <to = 11> (m) }"
+    double = "g (double[n] x) => (double[n] y) { y = Mul (x, x) }"
+    assert verify(model(text), model(double)).equal
+    assert compute_precision(model(double)) is None
+    assert not verify(model(double), model(text)).equal
 
 
 def test_half_precision_in_a_body_or_a_function_counts() -> None:

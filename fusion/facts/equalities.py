@@ -25,6 +25,7 @@ from fusion.dims import (
     weight,
 )
 from fusion.facts.common import attribute_int, input_shape, listed_dims
+from fusion.facts.pieces import split_sizes
 from fusion.models.graph import Node
 from fusion.schema import axes
 from fusion.verdict import Verdict
@@ -116,6 +117,15 @@ def _squeeze(facts: Facts, node: Node) -> Iterator[Equality]:
             yield dims[axis], 1, []
 
 
+def _split(facts: Facts, node: Node) -> Iterator[Equality]:
+    """The parts are as long as the whole, also where an exporter wrote down the sizes that it saw."""
+    dims, along = input_shape(facts, node, 0), axes(node, facts)
+    if dims is not None and along is not None:
+        parts = split_sizes(facts, node, dims[along[0]])
+        if None not in parts:
+            yield dims[along[0]], sum(dim for dim in parts if dim is not None), []
+
+
 _RULES = {
     **dict.fromkeys(("Add", "Mul", "Sub", "Where"), _elementwise),
     "Concat": _concat,
@@ -123,6 +133,7 @@ _RULES = {
     "Gemm": _gemm,
     "MatMul": _contraction,
     "Reshape": _reshape,
+    "Split": _split,
     "Squeeze": _squeeze,
 }
 

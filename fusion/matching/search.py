@@ -28,6 +28,7 @@ PASSES = 8
 """Upper bound of the passes that learn equalities of sizes: two where axes have names, one a layer where none has."""
 
 PASSING = MERGED | {
+    "Clip",
     "Where",
     "IsNaN",
     "Transpose",

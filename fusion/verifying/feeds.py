@@ -97,6 +97,7 @@ class Habits:
     Attributes:
         stretch: factor on the lengths that the model needs.
         relation: dependent dimension → the dimensions whose sizes it adds up.
+        single: a dimension that must be 1, though it has a name: decoders are traced with one new token.
         start: value of integer inputs in the first run that worked.
         limits: integer input → exclusive upper bound of its values.
         masks: inputs that only take zeros and ones, beside those whose name says so.
@@ -104,6 +105,7 @@ class Habits:
 
     stretch: int = 1
     relation: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    single: str | None = None
     start: int = 0
     limits: dict[str, int] = field(default_factory=dict)
     masks: set[str] = field(default_factory=set)
@@ -186,7 +188,7 @@ class Feeder:
         raise NothingRan(f"found no inputs that the model takes ({first}): give some, as an .npz or a dict")
 
     def _candidates(self) -> Iterator[Habits]:
-        """Yield guesses, the plain ones first: independent sizes; one is the sum of two others; some are equal."""
+        """Yield guesses, the plain ones first: independent sizes; one adds up others; some are equal; one is 1."""
         free = self._free
         relations: list[dict[str, tuple[str, ...]]] = [{}]
         if alike := self._alike():
@@ -202,7 +204,8 @@ class Feeder:
         for stretch in STRETCHES if self._signals else (1,):
             for relation in relations:
                 for start in starts if not relation else (0,):
-                    yield Habits(stretch, relation, start)
+                    yield Habits(stretch, relation, start=start)
+        yield from (Habits(1, relation, s) for s in free for relation in relations if s not in relation)
 
     def _alike(self) -> dict[str, tuple[str, ...]]:
         """Dimensions of inputs that are alike but for names, such as the caches of all layers: each as its first."""
@@ -247,6 +250,8 @@ class Feeder:
         for name in self._free:
             size = EQUAL_SIZES.get(kind) or next(batches if name in self._leading else lengths, 29)
             sizes[name] = size * self.habits.stretch if name in self._signals and size > 1 else size
+        if self.habits.single is not None:
+            sizes[self.habits.single] = 1
         for name, parts in self.habits.relation.items():
             sizes[name] = sum(sizes[part] for part in parts)
         for name, formula in self._formulas.items():

@@ -304,11 +304,11 @@ def _incomparable(expected: _Expected, refusal: Refused) -> ModelError:
 
 
 def compute_precision(model: ModelProto) -> np.dtype[Any] | None:
-    """Return the narrowest float type the model computes in; None where it is that of its outputs, as far as one sees.
+    """Return the narrowest float type the model computes in; None where that is double, as far as one sees.
 
-    A half-precision tensor that is only cast to another type is storage, not computation.
+    A tensor that is only cast to another type is storage, not computation.
     """
-    narrow = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    narrow = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
     weights = {t.name: t.data_type for t in model.graph.initializer}
     found = {i.type.tensor_type.elem_type for i in model.graph.input}
     for node in all_nodes(n for body in (model.graph, *model.functions) for n in body.node):
@@ -317,7 +317,7 @@ def compute_precision(model: ModelProto) -> np.dtype[Any] | None:
         elif node.op_type != "DequantizeLinear":
             found.update(weights[name] for name in node.input if name in weights)
     found &= narrow
-    return helper.tensor_dtype_to_np_dtype(max(found)) if found else None  # BFLOAT16 is the coarser and the larger code
+    return helper.tensor_dtype_to_np_dtype(max(found)) if found else None  # the coarser, the larger its code
 
 
 def _run_second(session: Session, model: Model, feed: Feed, engine: str) -> Mapping[str, Any]:

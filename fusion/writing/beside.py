@@ -14,7 +14,7 @@ from fusion.matching.state import Entry
 from fusion.matching.state import entries as entries_of
 from fusion.terms import Ref
 from fusion.writing.found import Found, New, Operand, Unmet
-from fusion.writing.masks import ABSORBING, Halves, Line, keeps_a_key, read
+from fusion.writing.masks import ABSORBED, ABSORBING, Halves, Line, keeps_a_key, read
 from fusion.writing.sizes import int64
 
 if TYPE_CHECKING:
@@ -42,15 +42,15 @@ def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
                 term = op.shared("Mul", [term, op.scalar(entry.coef)], ref.layout.shape)
             bias = term if bias is None else op.shared("Add", [bias, term], ref.layout.shape)
             continue
-        if not _absorbs(found, entry.fill) and not _hides(found, entry, entries):
+        fill = _hiding(found, entry, entries)
+        if fill is None:
             raise Unmet(
                 f"scores are masked with {entry.fill:g}, which does not absorb them: adding it is another function "
                 "in rows masked everywhere",
                 place=entry.ref.value.name,
             )
-        kept = op.scalar(0.0) if bias is None else bias
-        fill = op.scalar(entry.fill)
-        choices = [kept, fill] if entry.keep else [fill, kept]
+        kept, hidden = op.scalar(0.0) if bias is None else bias, op.scalar(fill)
+        choices = [kept, hidden] if entry.keep else [hidden, kept]
         bias = op.shared("Where", [placed, *choices], ref.layout.shape, dtype=found.dtype)
     return bias
 
@@ -98,8 +98,8 @@ def _smallest(found: Found) -> float:
 
 
 def _absorbs(found: Found, fill: float) -> bool:
-    """Whether scores vanish when a number is added to them: it is beyond half the smallest, as Keras writes it."""
-    return fill <= _smallest(found) / 2
+    """Whether scores vanish when a number is added to them."""
+    return fill <= (ABSORBED if np.isfinite(_smallest(found)) else -np.inf)
 
 
 def _added(found: Found, entry: Entry) -> Halves | None:
@@ -111,13 +111,22 @@ def _added(found: Found, entry: Entry) -> Halves | None:
     return Halves(halves.line, *sides)
 
 
-def _hides(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> bool:
-    """Whether a mask hides keys though its number is not the smallest: nothing is added after it, and each row keeps a
-    key beside which the others vanish, or is 0 in the end."""
-    after = entries[: entries.index(entry)]
-    only = all(other.kind == "zero" for other in after) and entry.fill <= ABSORBING
-    cleared = any((other.ref, other.keep) == (entry.ref, entry.keep) for other in after)
-    return only and (cleared or keeps_a_key(found.view, entry.ref, entry.keep))
+def _hiding(found: Found, entry: Entry, entries: tuple[Entry, ...]) -> float | None:
+    """What is added where a mask hides keys, so that it is as if the scores there were the mask's number.
+
+    That is the number where it absorbs every score. Where a smaller one does and the mask is all there is beside the
+    scores, it is the smaller one: beside a key that is kept both hide, in a row without any both make all scores equal.
+    None absorbs in half precision: there each row must keep a key, or be 0 in the end.
+    """
+    if _absorbs(found, entry.fill):
+        return entry.fill
+    alone = all(other is entry or _is_idle(found, other) or _is_low(found, other) for other in entries)
+    if not alone or entry.fill > ABSORBING:
+        return None
+    if _absorbs(found, ABSORBED):
+        return ABSORBED
+    cleared = any(other.kind == "zero" and (other.ref, other.keep) == (entry.ref, entry.keep) for other in entries)
+    return entry.fill if cleared or keeps_a_key(found.view, entry.ref, entry.keep) else None
 
 
 def _beside(op: Builder, found: Found, entry: Entry, keep: int) -> tuple[Ref, Operand]:

@@ -237,9 +237,10 @@ class Builder:
         """The entries of a `rest` capture as one tensor to add, its last two axes written out; None where they do
         nothing.
 
-        `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: at least
-        half the smallest number of the dtype, or -inf, or where every row keeps a key, a large one. In half precision
-        only -inf does: kernels compute in float there.
+        `Where(keep, score, fill)` equals `score + Where(keep, 0, fill)` only where fill absorbs every score: a number
+        near the smallest of the dtype, or -inf. Where nothing else is beside the scores, a number that does is
+        written for one that hides. In half precision only -inf does, as kernels compute in float there, or any that
+        hides where every row keeps a key, or is 0 in the end.
 
         Raises:
             Unmet: a mask has another fill.

@@ -172,6 +172,12 @@ class Found:
         late = [value.name for value in inputs if not before(value, at)]
         self.require(not late, f"{', '.join(late)} is computed after {at.label}")
 
+    def require_kept_dtype(self) -> None:
+        """A kept value is another output of the node that makes the result: both have one dtype."""
+        for value in self.finals[1:]:
+            same = self.facts.dtype(value) == self.dtype
+            self.require(same, f"{value.name} has another dtype than {self.root.name}", kind="dtype")
+
     def require_gain(self, nodes: Sequence[NewNode]) -> None:
         """A rewrite replaces more nodes than it adds; what it shares with other matches does not count."""
         own = sum(not node.shared for node in nodes)

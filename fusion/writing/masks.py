@@ -27,6 +27,8 @@ LARGEST_SCORE = 4096.0
 A row that keeps a key then gives a hidden one at most exp(-104), which is 0 in float and nothing in double.
 """
 ABSORBING = -2 * LARGEST_SCORE - 104.0
+ABSORBED = -1e30
+"""A number to which a score can be added and nothing changes, in float and in double."""
 
 _PAYLOAD = 2**24
 """Elements up to which a mask is read: 4096 positions."""

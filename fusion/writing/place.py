@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from onnx import TensorProto
+
 from fusion.dims import Dim, broadcast, divide, lower, stretched
 from fusion.layout import Axis, Factor, Layout, merge_neighbours
 from fusion.models.graph import Node, Scope, Value
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from fusion.writing.emit import Builder
     from fusion.writing.found import New, Operand
 
+NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+"""Types in which what is a number elsewhere may be infinite."""
 REACH = 48
 """How many rearrangements of one value are looked at; hubs have thousands."""
 
@@ -110,7 +114,8 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
     """The operand that lies as `ref` says: standing in the graph, or made by the fewest new nodes.
 
     Raises:
-        Unmet: the layout cannot be written with Slice, Reshape, Transpose and Expand, or a size in it is unknown.
+        Unmet: the layout cannot be written with Slice, Reshape, Transpose and Expand, a size in it is unknown, or the
+            value would be cast to a narrower type than the graph ever does, in which it may be infinite.
     """
     actual = view.facts.shape(ref.value) or ()
     if ref.layout.source != actual:
@@ -119,7 +124,11 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
     if found is not None:
         return found
     best: tuple[int, Value, _Steps] | None = None
-    for value, layout in _rearranged(view, ref.value, at):
+    lying = list(_rearranged(view, ref.value, at))
+    cast = dtype not in NARROW or any(view.facts.dtype(value) == dtype for value, _ in lying)
+    if not cast and not view.facts.is_constant(ref.value):
+        raise builder.unmet(f"{ref.value.name} is cast to {TensorProto.DataType.Name(dtype)} nowhere", ref.value)
+    for value, layout in lying:
         wanted = _express(ref.layout, layout)
         steps = _plan(wanted) if wanted is not None else None
         if steps is not None and (best is None or steps.count < best[0]):

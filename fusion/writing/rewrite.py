@@ -165,6 +165,7 @@ class Rewriter:
                     results = [builder.in_root_axes(output) for output in outputs[:declared]]
                     results.extend(outputs[declared:])
                     builder.tell_sizes()
+                    found.require_kept_dtype()
                     found.require_order(builder.inputs)
                     found.require_gain(builder.nodes)
                 except Unmet as unmet:
