@@ -191,3 +191,14 @@ def test_an_attention_is_not_cut_into_products():
     y = b.reshape(b.transpose(mixed, perm=[0, 2, 1, 3]), np.array([0, 0, 8]))
     result = same(b.model(y), {name: numbers(2, 3, 2, 4, seed=i) for i, name in enumerate("qkv")})
     assert result.counts == {"multi_head_attention": 1}
+
+
+@pytest.mark.parametrize(("alpha", "written"), [(0.25, True), (0.3, False)])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_factor_in_double_goes_into_an_attribute_only_where_single_precision_holds_it(alpha, written, rank):
+    b = Build(dtype=DOUBLE)
+    shape = [2, 3, 4][-rank:]
+    y = b.mul(b.matmul(b.input("a", shape), b.input("w", [4, 5])), alpha)
+    feeds = {"a": numbers(*shape, dtype=DOUBLE), "w": numbers(4, 5, dtype=DOUBLE)}
+    result = same(b.model(y), feeds, tolerance=1e-14)
+    assert bool(result.matches) == written

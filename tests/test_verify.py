@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fusion.errors import ModelError
 from fusion.verifying.feeds import MASKS, Feeder, declared_inputs
-from fusion.verifying.runtime import Session
+from fusion.verifying.runtime import Refused, Session
 from fusion.verifying.verify import VerifyReport, compute_precision, verify
 
 MODELS = Path(__file__).parent / "models"
@@ -302,6 +302,26 @@ def test_signals_get_the_length_that_a_convolution_needs() -> None:
     assert next(iter(feeder(text))).values["x"].shape[2] >= 50
 
 
+def test_sizes_are_not_guessed_beyond_what_memory_holds() -> None:
+    tried: list[int] = []
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tried.append(values["x"].size)
+        raise Refused("no")
+
+    with pytest.raises(ModelError, match="or sizes of its named dimensions"):
+        Feeder(declared_inputs(model("g (float[a, b, c, d] x) => (float[a, b, c, d] y) { y = Abs (x) }")), run)
+    assert tried
+    assert max(tried) <= 2**24
+
+
+def test_the_runtimes_own_words_say_why_no_inputs_were_found() -> None:
+    text = """g (float[n, m] x) => (float[n, m] y)
+        { s = Constant <value_ints = [40, 50]> () w = ConstantOfShape (s) y = Mul (x, w) }"""
+    with pytest.raises(ModelError, match="broadcast"):
+        verify(model(text), model(text))
+
+
 def test_wanted_sizes_are_kept_and_unknown_ones_are_an_error() -> None:
     assert all("n=5" in feed.label for feed, _ in zip(feeder(GELU, sizes={"n": 5}), range(4), strict=False))
     with pytest.raises(ModelError, match="no dimension 'm': the model's named dimensions are batch, n"):
@@ -311,11 +331,19 @@ def test_wanted_sizes_are_kept_and_unknown_ones_are_an_error() -> None:
 def test_half_precision_inside_counts_for_outputs_in_single_precision() -> None:
     text = "g (float[n] x) => (float[n] y) { h = Cast <to = 10> (x) m = Mul (h, h) y = Cast <to = 1> (m) }"
     assert compute_precision(model(text)) == np.dtype("float16")
-    assert compute_precision(model(GELU)) is None
+    assert compute_precision(model(GELU)) == np.dtype("float32")
     single = "g (float[n] x) => (float[n] y) { y = Mul (x, x) }"
     assert verify(model(text), model(single)).equal
     stored = "g (float[n] x) => (float[n] y) <float16 c = {3}> { w = Cast <to = 1> (c) y = Mul (x, w) }"
-    assert compute_precision(model(stored)) is None
+    assert compute_precision(model(stored)) == np.dtype("float32")
+
+
+def test_an_output_in_double_of_what_is_computed_in_single_precision_is_judged_as_single() -> None:
+    text = "g (float[n, 8] x) => (double[n, 8] y) {{ {} y = Cast <to = 11> (s) }}"
+    plain, other = (text.format(body) for body in ("e = Exp (x) s = Mul (e, e)", "t = Add (x, x) s = Exp (t)"))
+    assert verify(model(plain), model(other)).equal
+    double = "g (float[n] x) => (double[n] y) { d = Cast <to = 11> (x) y = Mul (d, d) }"
+    assert compute_precision(model(double)) is None
 
 
 def test_half_precision_in_a_body_or_a_function_counts() -> None:

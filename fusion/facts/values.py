@@ -206,7 +206,9 @@ def _tile(facts: Facts, node: Node, slot: int, shape: Shape) -> Items | None:
 
 def _squeeze(facts: Facts, node: Node, slot: int, shape: Shape) -> Items | None:
     array = input_items(facts, node, 0)
-    return None if array is None or squeezed_axes(facts, node) is None else array.reshape(shape)
+    if array is None or squeezed_axes(facts, node) is None or array.size != prod(shape):
+        return None
+    return array.reshape(shape)
 
 
 def _pad(facts: Facts, node: Node, slot: int, shape: Shape) -> Items | None:

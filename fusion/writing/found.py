@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from onnx import TensorProto
 
 from fusion.captures import parse
@@ -20,6 +21,7 @@ from fusion.models.graph import Node, Value
 from fusion.plan import SPELLINGS, Plan
 from fusion.terms import Ref
 from fusion.verdict import Verdict
+from fusion.verifying.compare import tolerance
 from fusion.view import View
 from fusion.writing.place import before, standing
 
@@ -70,6 +72,13 @@ class NewNode:
     attributes: dict[str, object]
     shared: bool = False
     asking: Node | None = None
+
+    def rounding(self) -> str | None:
+        """Why an attribute, which is in single precision, would move a computation in double by more than rounding."""
+        for name, number in self.attributes.items():
+            if isinstance(number, float) and abs(float(np.float32(number)) - number) > tolerance(np.dtype(np.float64)):
+                return f"the attribute {name} of {self.op} would round {number:.9g} to single precision"
+        return None
 
 
 @dataclass(eq=False)
