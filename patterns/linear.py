@@ -1,6 +1,10 @@
 """Projections and products: with a bias, scaled, and of operands that are stored transposed."""
 
+from onnx import TensorProto
+
 from fusion.language import optional, pattern, scalar
+
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 @pattern(x="... C", w="C N", b=optional("N"))
@@ -40,6 +44,7 @@ def _columns_first(rank):
 @gemm.emit("onnx", "ort-cpu", "ort-cuda", last=True)
 def _(found, op):
     found.require(found.rank == 2, "Gemm multiplies matrices")
+    found.require(found.dtype in FLOATS, "runtimes have no Gemm of integers")
     found.require(found.opset >= 7, "below opset 7 Gemm does not broadcast")
     (a, swap_a), (b, swap_b) = (op.stored(own, _plain, _swapped, keep=2) for own in (found.a, found.b))
     c = [op.stored(found.c, _plain)[0]] if found.c else []

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from building import DOUBLE, FLOATS, HALF, Build, numbers, operators, run, same
+from building import DOUBLE, FLOATS, HALF, INT64, Build, numbers, operators, run, same
 
 import fusion
 
@@ -202,3 +202,14 @@ def test_a_factor_in_double_goes_into_an_attribute_only_where_single_precision_h
     feeds = {"a": numbers(*shape, dtype=DOUBLE), "w": numbers(4, 5, dtype=DOUBLE)}
     result = same(b.model(y), feeds, tolerance=1e-14)
     assert bool(result.matches) == written
+
+
+def test_integers_are_not_multiplied_by_gemm():
+    """The standard allows it, and runtimes have no kernel."""
+    b = Build()
+    y = b.add(b.matmul(b.transpose(b.input("a", [4, 3], INT64)), b.input("w", [4, 5], INT64)), b.input("c", [5], INT64))
+    feeds = {
+        name: np.arange(size).reshape(shape)
+        for name, size, shape in (("a", 12, (4, 3)), ("w", 20, (4, 5)), ("c", 5, (5,)))
+    }
+    assert not same(b.model((y, INT64, None)), feeds, target="onnx").matches
