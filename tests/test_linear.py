@@ -213,3 +213,13 @@ def test_integers_are_not_multiplied_by_gemm():
         for name, size, shape in (("a", 12, (4, 3)), ("w", 20, (4, 5)), ("c", 5, (5,)))
     }
     assert not same(b.model((y, INT64, None)), feeds, target="onnx").matches
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_factor_of_zero_is_no_factor_that_is_absent(rank):
+    b = Build()
+    shape = [2, 3, 4][-rank:]
+    y = b.matmul(b.mul(b.input("a", shape), 0.0), b.input("w", [4, 5]))
+    a, w = numbers(*shape), numbers(4, 5)
+    a.flat[0] = np.inf
+    same(b.model(y), [{"a": numbers(*shape), "w": w}, {"a": a, "w": w}])

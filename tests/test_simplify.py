@@ -572,6 +572,7 @@ def test_drawn_graphs_keep_every_bit(seed):
         "float[2] a = {1, 2}, float[3] b = {1, 2, 3}> { y = Add (a, b) }",
         "float[2] a = {1, 2}> { y = Cast <to = -1> (a) }",
         "int64[4] a = {1, 2, 3, 4}, int64[1] b = {0}> { y = Squeeze (a, b) }",
+        "int64[1] a = {-2}, int64 b = {0}> { c = ConstantOfShape (a) d = Cast <to = 7> (c) y = Equal (d, b) }",
     ],
 )
 def test_what_no_runtime_computes_is_left_as_it_is(body):

@@ -399,8 +399,10 @@ def test_a_missing_given_input_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"no archive", b"", b"PK\x03\x04 an archive that was cut off"])
 def test_a_file_that_is_no_archive_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "in.npz").write_bytes(content)
-    with pytest.raises(ModelError, match=r"in\.npz: not an \.npz file"):
+    with pytest.raises(ModelError, match=r"in\.npz is not an \.npz file of inputs: write it with numpy\.savez"):
         verify(model(GELU), model(GELU), inputs=tmp_path / "in.npz")
+    with pytest.raises(ModelError, match=r"none\.npz cannot be read: No such file"):
+        verify(model(GELU), model(GELU), inputs=tmp_path / "none.npz")
 
 
 def test_given_inputs_that_do_not_fit_are_an_error() -> None:
