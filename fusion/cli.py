@@ -158,15 +158,17 @@ def verify(
     size: Annotated[
         list[str] | None, typer.Option("--size", metavar="NAME=N", help="Size of a named dimension; may be repeated.")
     ] = None,
-    rtol: Annotated[float | None, typer.Option("--rtol", help="Allowed relative error; else by element type.")] = None,
-    atol: Annotated[float | None, typer.Option("--atol", help="Absolute error that is allowed besides.")] = None,
+    rtol: Annotated[
+        float | None, typer.Option("--rtol", min=0, help="Allowed relative error; else by element type.")
+    ] = None,
+    atol: Annotated[float | None, typer.Option("--atol", min=0, help="Absolute error that is allowed besides.")] = None,
     optimized: Annotated[
         bool,
         typer.Option("--runtime-optimizations", help="Let onnxruntime rewrite both graphs, as it does by default."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the same inputs through two models and compare every output. Exit code 1 where they differ."""
+    """Run the same inputs through two models and compare every output. Exit code 1: they differ; 2: nobody can tell."""
     sizes = _sizes(size or [])
     with _busy(f"verifying {b.name}") as progress:
         report = verify_models(
@@ -174,7 +176,7 @@ def verify(
         )
     _show(report, as_json)
     if not report.equal:
-        raise typer.Exit(DIFFERENT)
+        raise typer.Exit(DIFFERENT if report.differences else FAILED)
 
 
 @app.command(epilog=_example("fusion patterns", "fusion patterns --json"))

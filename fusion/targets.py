@@ -140,8 +140,8 @@ def target_named(name: str) -> Target:
     if name in _targets:
         return _targets[name]
     close = difflib.get_close_matches(name, _targets, 1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise TargetError(f"the target {name!r} is unknown: {hint}There are {', '.join(_targets)}")
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    raise TargetError(f"the target {name!r} is unknown{hint} There are {', '.join(_targets)}")
 
 
 def target_names() -> list[str]:

@@ -106,6 +106,10 @@ def _(node, rank):
     return {"x": node.inputs[0]}
 
 
+def _require_single(found):
+    found.require(found.dtype != TensorProto.DOUBLE, "the operator's numbers are in single precision")
+
+
 @gelu.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
     return op.Gelu(op.arranged(found.x))
@@ -123,6 +127,7 @@ def _(found, op):
 
 @gelu_tanh.emit("ort-cpu", "ort-cuda")
 def _(found, op):
+    _require_single(found)
     found.require(found.rank >= 1, "the kernel takes no scalar")
     return op.microsoft.FastGelu(op.arranged(found.x))
 
@@ -157,13 +162,8 @@ def _(found, op):
     return op.Mish(found.x)
 
 
-def _require_single(found):
-    found.require(found.dtype != TensorProto.DOUBLE, "the operator's numbers are in single precision")
-
-
 @hard_sigmoid.emit("onnx", "ort-cpu", "ort-cuda")
 def _(found, op):
-    _require_single(found)
     return op.HardSigmoid(found.x, alpha=found.alpha, beta=found.beta)
 
 
@@ -180,6 +180,7 @@ def _(found, op):
 
 @bias_gelu_tanh.emit("ort-cpu", "ort-cuda")
 def _(found, op):
+    _require_single(found)
     return op.microsoft.FastGelu(found.x, found.bias)
 
 

@@ -1,6 +1,10 @@
 """Projections and products: with a bias, scaled, and of operands that are stored transposed."""
 
+from onnx import TensorProto
+
 from fusion.language import optional, pattern, scalar
+
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 @pattern(x="... C", w="C N", b=optional("N"))
@@ -37,10 +41,16 @@ def _columns_first(rank):
     return (rank - 1, *range(rank - 2), rank - 2) if rank > 2 else ()
 
 
+def _require_factor(found):
+    found.require(found.alpha != 0, "0 times infinity is not 0, and kernels leave such a product out")
+
+
 @gemm.emit("onnx", "ort-cpu", "ort-cuda", last=True)
 def _(found, op):
     found.require(found.rank == 2, "Gemm multiplies matrices")
+    found.require(found.dtype in FLOATS, "runtimes have no Gemm of integers")
     found.require(found.opset >= 7, "below opset 7 Gemm does not broadcast")
+    _require_factor(found)
     (a, swap_a), (b, swap_b) = (op.stored(own, _plain, _swapped, keep=2) for own in (found.a, found.b))
     c = [op.stored(found.c, _plain)[0]] if found.c else []
     given = {"transA": swap_a, "transB": swap_b, "alpha": found.alpha if found.alpha != 1.0 else 0}
@@ -53,6 +63,7 @@ def _(found, op):
 
 @scaled_matmul.emit("ort-cpu", "ort-cuda", last=True)
 def _(found, op):
+    _require_factor(found)
     stored = [op.stored(own, _plain, _swapped, _rows_first, _columns_first, keep=2) for own in (found.a, found.b)]
     ranks = [len(op.shape(operand)) for operand, _ in stored]
     found.require(max(ranks) == found.rank, "the product has fewer axes than the result")

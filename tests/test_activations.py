@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from building import HALF, Build, numbers, operators, run, same
+from building import DOUBLE, HALF, Build, numbers, operators, run, same
 
 import fusion
 
@@ -254,3 +254,15 @@ def test_a_gate_of_the_same_shape_is_a_swiglu(dims, alpha):
     (got,) = run(fusion.optimize(b.model(y), target="onnx").model, feeds).values()
     wide = feeds["gate"].astype(np.float64)
     np.testing.assert_allclose(got, wide / (1 + np.exp(-alpha * wide)) * feeds["up"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_tanh_gelu_of_doubles_is_left_to_doubles(bias):
+    """The kernel of FastGelu holds its numbers in single precision."""
+    b = Build(dtype=DOUBLE)
+    x = b.input("x", [3, 4])
+    h = b.add(x, numbers(4, dtype=DOUBLE)) if bias else x
+    t = b.tanh(b.mul(b.add(h, b.mul(b.pow(h, 3.0), 0.044715)), (2 / np.pi) ** 0.5))
+    model = b.model(b.mul(b.mul(h, 0.5), b.add(t, 1.0)))
+    for target in ("ort-cpu", "ort-cuda"):
+        assert not same(model, {"x": numbers(3, 4, dtype=DOUBLE)}, target=target).matches

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
 from fusion import cli
@@ -135,6 +136,15 @@ def test_verify_says_equal_and_different_by_exit_code(fusion, tmp_path: Path) ->
     different = fusion("verify", BERT, changed(BERT, tmp_path / "b.onnx"))
     assert different.code == 1
     assert "✗ output" in different.out
+
+
+def test_verify_has_an_exit_code_for_what_cannot_be_compared(fusion, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    text = """<ir_version: 8, opset_import: ["": 17]>
+        g (float[64] x) => (float[64] y) { n = RandomUniformLike (x) y = Add (x, n) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "random.onnx")
+    done = fusion("verify", tmp_path / "random.onnx", tmp_path / "random.onnx")
+    assert done.code == 2
+    assert "nothing could be compared" in done.out
 
 
 def test_verify_takes_inputs_sizes_and_tolerances(fusion, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

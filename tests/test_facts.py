@@ -592,3 +592,8 @@ def test_a_normalisation_of_the_runtime_has_the_type_of_its_scale():
     old = facts_of([node("LayerNormalization", "x g g", "y m", axis=-1)], {"x": ["B", 4]}, {"g": half}, opset=13)
     assert old.dtype(value(old, "y")) == TensorProto.FLOAT16
     assert shape(old, "m") == (B, 1)
+
+
+def test_a_squeeze_of_an_axis_that_is_not_1_says_nothing():
+    facts = facts_of([node("Squeeze", "x axes", "y")], {}, {"x": np.arange(4), "axes": np.array([0])})
+    assert facts.integers(value(facts, "y")) is None

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from building import DOUBLE, FLOATS, HALF, Build, numbers, operators, run, same
+from building import DOUBLE, FLOATS, HALF, INT64, Build, numbers, operators, run, same
 
 import fusion
 
@@ -191,3 +191,35 @@ def test_an_attention_is_not_cut_into_products():
     y = b.reshape(b.transpose(mixed, perm=[0, 2, 1, 3]), np.array([0, 0, 8]))
     result = same(b.model(y), {name: numbers(2, 3, 2, 4, seed=i) for i, name in enumerate("qkv")})
     assert result.counts == {"multi_head_attention": 1}
+
+
+@pytest.mark.parametrize(("alpha", "written"), [(0.25, True), (0.3, False)])
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_factor_in_double_goes_into_an_attribute_only_where_single_precision_holds_it(alpha, written, rank):
+    b = Build(dtype=DOUBLE)
+    shape = [2, 3, 4][-rank:]
+    y = b.mul(b.matmul(b.input("a", shape), b.input("w", [4, 5])), alpha)
+    feeds = {"a": numbers(*shape, dtype=DOUBLE), "w": numbers(4, 5, dtype=DOUBLE)}
+    result = same(b.model(y), feeds, tolerance=1e-14)
+    assert bool(result.matches) == written
+
+
+def test_integers_are_not_multiplied_by_gemm():
+    """The standard allows it, and runtimes have no kernel."""
+    b = Build()
+    y = b.add(b.matmul(b.transpose(b.input("a", [4, 3], INT64)), b.input("w", [4, 5], INT64)), b.input("c", [5], INT64))
+    feeds = {
+        name: np.arange(size).reshape(shape)
+        for name, size, shape in (("a", 12, (4, 3)), ("w", 20, (4, 5)), ("c", 5, (5,)))
+    }
+    assert not same(b.model((y, INT64, None)), feeds, target="onnx").matches
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_factor_of_zero_is_no_factor_that_is_absent(rank):
+    b = Build()
+    shape = [2, 3, 4][-rank:]
+    y = b.matmul(b.mul(b.input("a", shape), 0.0), b.input("w", [4, 5]))
+    a, w = numbers(*shape), numbers(4, 5)
+    a.flat[0] = np.inf
+    same(b.model(y), [{"a": numbers(*shape), "w": w}, {"a": a, "w": w}])

@@ -626,3 +626,19 @@ def test_a_residual_sum_keeps_its_type(inner, outer):
     model = b.model(*(narrowed(b, value, outer) for value in (x, skip, total)), b.relu(total))
     feeds = {"x": numbers(2, 4, 5, dtype=inner), "skip": numbers(2, 4, 5, seed=1, dtype=inner)}
     same(model, feeds, tolerance=2e-2)
+
+
+@pytest.mark.parametrize(("eps", "written"), [(1e-5, True), (0.125, True), (0.1, False)])
+def test_an_epsilon_that_single_precision_rounds_moves_a_double_only_where_it_is_tiny(eps, written):
+    b = Build(dtype=DOUBLE)
+    result = same(
+        b.model(layer_norm(b, b.input("x", [3, 8]), eps=eps)), {"x": numbers(3, 8, dtype=DOUBLE)}, tolerance=1e-12
+    )
+    assert bool(result.matches) == written
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+def test_nothing_is_written_for_no_elements(shape):
+    b = Build()
+    result = same(b.model(layer_norm(b, b.input("x", list(shape)))), {"x": numbers(*shape)})
+    assert not result.matches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import onnx.parser
 import pytest
 from building import BOOL, DOUBLE, FLOAT, HALF, INT64, Build, bits, numbers, operators, run, simplified
 from onnx import TensorProto, helper, numpy_helper
@@ -563,3 +564,17 @@ def test_drawn_graphs_keep_every_bit(seed):
     feeds = [{"x": numbers(n, 4, seed=seed), "y": numbers(n, 4, seed=seed + 1)} for n in (1, 3, 4)]
     feeds[1]["x"][0] = [0.0, -0.0, np.inf, -np.inf]
     simplify(_everything(seed), *feeds)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "float[2] a = {1, 2}, float[3] b = {1, 2, 3}> { y = Add (a, b) }",
+        "float[2] a = {1, 2}> { y = Cast <to = -1> (a) }",
+        "int64[4] a = {1, 2, 3, 4}, int64[1] b = {0}> { y = Squeeze (a, b) }",
+        "int64[1] a = {-2}, int64 b = {0}> { c = ConstantOfShape (a) d = Cast <to = 7> (c) y = Equal (d, b) }",
+    ],
+)
+def test_what_no_runtime_computes_is_left_as_it_is(body):
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g () => (y) <{body}')
+    assert fusion.optimize(model).model == model

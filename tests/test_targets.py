@@ -336,9 +336,9 @@ def test_data_that_cannot_be_read_is_refused(data: dict) -> None:
 
 
 def test_an_unknown_target_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(TargetError, match=r"'ort-cup' is unknown: did you mean 'ort-cpu'\? There are onnx, ort-cpu"):
+    with pytest.raises(TargetError, match=r"'ort-cup' is unknown; did you mean 'ort-cpu'\? There are onnx, ort-cpu"):
         target_named("ort-cup")
-    with pytest.raises(TargetError, match="'zzz' is unknown: There are onnx"):
+    with pytest.raises(TargetError, match=r"'zzz' is unknown\. There are onnx"):
         target_named("zzz")
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fusion.errors import ModelError
 from fusion.verifying.feeds import MASKS, Feeder, declared_inputs
-from fusion.verifying.runtime import Session
+from fusion.verifying.runtime import Refused, Session
 from fusion.verifying.verify import VerifyReport, compute_precision, verify
 
 MODELS = Path(__file__).parent / "models"
@@ -311,6 +311,26 @@ def test_a_decoder_that_takes_one_new_token_only() -> None:
     assert report.runs > 1
 
 
+def test_sizes_are_not_guessed_beyond_what_memory_holds() -> None:
+    tried: list[int] = []
+
+    def run(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tried.append(values["x"].size)
+        raise Refused("no")
+
+    with pytest.raises(ModelError, match="or sizes of its named dimensions"):
+        Feeder(declared_inputs(model("g (float[a, b, c, d] x) => (float[a, b, c, d] y) { y = Abs (x) }")), run)
+    assert tried
+    assert max(tried) <= 2**24
+
+
+def test_the_runtimes_own_words_say_why_no_inputs_were_found() -> None:
+    text = """g (float[n, m] x) => (float[n, k] y)
+        { s = Constant <value_ints = [41, 53]> () w = ConstantOfShape (s) y = MatMul (x, w) }"""
+    with pytest.raises(ModelError, match="MatMul dimension mismatch"):
+        verify(model(text), model(text))
+
+
 def test_wanted_sizes_are_kept_and_unknown_ones_are_an_error() -> None:
     assert all("n=5" in feed.label for feed, _ in zip(feeder(GELU, sizes={"n": 5}), range(4), strict=False))
     with pytest.raises(ModelError, match="no dimension 'm': the model's named dimensions are batch, n"):
@@ -333,6 +353,14 @@ def test_single_precision_inside_counts_for_outputs_in_double() -> None:
     assert verify(model(text), model(double)).equal
     assert compute_precision(model(double)) is None
     assert not verify(model(double), model(text)).equal
+
+
+def test_an_output_in_double_of_what_is_computed_in_single_precision_is_judged_as_single() -> None:
+    text = "g (float[n, 8] x) => (double[n, 8] y) {{ {} y = Cast <to = 11> (s) }}"
+    plain, other = (text.format(body) for body in ("e = Exp (x) s = Mul (e, e)", "t = Add (x, x) s = Exp (t)"))
+    assert verify(model(plain), model(other)).equal
+    double = "g (float[n] x) => (double[n] y) { d = Cast <to = 11> (x) y = Mul (d, d) }"
+    assert compute_precision(model(double)) is None
 
 
 def test_half_precision_in_a_body_or_a_function_counts() -> None:
@@ -388,8 +416,10 @@ def test_a_missing_given_input_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"no archive", b"", b"PK\x03\x04 an archive that was cut off"])
 def test_a_file_that_is_no_archive_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "in.npz").write_bytes(content)
-    with pytest.raises(ModelError, match=r"in\.npz: not an \.npz file"):
+    with pytest.raises(ModelError, match=r"in\.npz is not an \.npz file of inputs: write it with numpy\.savez"):
         verify(model(GELU), model(GELU), inputs=tmp_path / "in.npz")
+    with pytest.raises(ModelError, match=r"none\.npz cannot be read: No such file"):
+        verify(model(GELU), model(GELU), inputs=tmp_path / "none.npz")
 
 
 def test_given_inputs_that_do_not_fit_are_an_error() -> None:

@@ -73,7 +73,7 @@ def _computed(facts: Facts, node: Node, slot: int) -> int | None:
         return None
     if node.op == "Cast":
         to = attribute(node, "to")
-        return to if isinstance(to, int) else None
+        return to if isinstance(to, int) and to in _NAMES.values() else None
     if node.op == "ConstantOfShape":
         filled = attribute(node, "value")
         if filled is None:

@@ -59,7 +59,10 @@ def integers(facts: Facts, value: Value) -> IntTensor | None:
         payload = constants.small(facts.graph, value)
         return None if payload is None else IntTensor(shape, tuple(payload.reshape(-1).tolist()))
     assert node is not None
-    found = RULES[node.key](facts, node, value.slot, shape)
+    try:
+        found = RULES[node.key](facts, node, value.slot, shape)
+    except ValueError:  # numpy's word for sizes that contradict each other: no runtime computes this
+        return None
     if found is None or found.shape != shape:
         return None
     items = tuple(_kept(item, dtype) for item in found.reshape(-1).tolist())

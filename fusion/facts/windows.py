@@ -21,7 +21,7 @@ def _spatial(facts: Facts, node: Node, dims: Dims, kernel: Dims) -> list[Dim | N
     around = attribute_ints(node, "pads") or [0] * (2 * rank)
     auto = attribute(node, "auto_pad")
     result: list[Dim | None] = []
-    if not len(strides) == len(dilations) == len(kernel) == len(around) // 2 == rank:
+    if not len(strides) == len(dilations) == len(kernel) == len(around) // 2 == rank or min(strides, default=1) < 1:
         return [None] * rank
     for axis, (dim, size, stride, dilation) in enumerate(zip(dims[2:], kernel, strides, dilations, strict=True)):
         if dim is None or size is None:

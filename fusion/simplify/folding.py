@@ -59,10 +59,13 @@ def _computed(
     sizes = tuple(dim for dim in shape if isinstance(dim, int))
     if len(sizes) < len(shape) or int(np.prod(sizes, dtype=object)) > bound:
         return None
-    with np.errstate(all="ignore"):
-        result = _moved(facts, node, given[0]) if node.key in rearrange.RULES else None
-        if result is None and compute is not None:
-            result = compute(node, facts, *given)
+    try:
+        with np.errstate(all="ignore"):
+            result = _moved(facts, node, given[0]) if node.key in rearrange.RULES else None
+            if result is None and compute is not None:
+                result = compute(node, facts, *given)
+    except (ValueError, IndexError):  # sizes that do not fit: no runtime computes it
+        return None
     return result if result is not None and result.shape == sizes else None
 
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, count, permutations
+from math import prod
 from types import CodeType
 from typing import Any
 
@@ -29,6 +30,7 @@ MASKS = ("full", "right padding", "left padding", "holes", "empty row")
 EMPTY_ROW_SLACK = 16.0
 MAGNITUDES = (1.0, 0.1, 3.0)
 INTEGER_RANGES = (2, 8, 64, 512, 4096)
+MOST_ELEMENTS = 2**24  # of an input that is tried: a guess at sizes must not exhaust the memory
 
 Values = dict[str, Any]
 Sizes = Mapping[str, int]
@@ -178,6 +180,8 @@ class Feeder:
         first: Refused | None = None
         for habits in self._candidates():
             self.habits = habits
+            if not self._is_bearable():
+                continue
             try:
                 plain = self._run(self.feed(0).values)
             except Refused as refusal:
@@ -185,7 +189,15 @@ class Feeder:
             else:
                 self._widen(_odd(plain))
                 return
-        raise NothingRan(f"found no inputs that the model takes ({first}): give some, as an .npz or a dict")
+        hint = "give some, as an .npz or a dict" + (", or sizes of its named dimensions" if self._free else "")
+        raise NothingRan(f"found no inputs that the model takes ({first}): {hint}")
+
+    def _is_bearable(self) -> bool:
+        """Whether no input is larger than a guess may be; sizes that are declared or wanted are none."""
+        sizes = self._sizes(0)
+        return all(
+            prod(sizes[dim] for dim in given.shape or () if dim in self._free) <= MOST_ELEMENTS for given in self.inputs
+        )
 
     def _candidates(self) -> Iterator[Habits]:
         """Yield guesses, the plain ones first: independent sizes; one adds up others; some are equal; one is 1."""

@@ -44,8 +44,10 @@ def _read_npz(path: Path) -> Mapping[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except (OSError, EOFError, ValueError, TypeError, BadZipFile) as error:
-        raise ModelError(f"{path}: not an .npz file of inputs ({error})") from error
+    except (EOFError, ValueError, TypeError, BadZipFile):  # what numpy says of them is about pickles
+        raise ModelError(f"{path} is not an .npz file of inputs: write it with numpy.savez") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _take(values: Mapping[str, Any], model: ModelProto, names: Sequence[str], label: str) -> Values:

@@ -99,6 +99,7 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"\S+\.(cc|h):\d+ (\S+ onnxruntime::[\w:]+\(.*?\) )?", "", text)
+    text = re.sub(r"onnxruntime::[\w:]+\([^()]*\) (\[ONNXRuntimeError\] : \d+ : \w+ : )?", "", text)
     return text if len(text) <= 300 else text[:297] + "..."
 
 

@@ -84,6 +84,8 @@ class Builder:
         reason = self._target.refuses(*asked, attributes=node.attributes)
         if reason is None and TensorProto.DOUBLE in dtypes and self._target.route(*asked) == "expanded":
             reason = f"{node.op} has no kernel for double: it would be computed in float"
+        if reason is None and TensorProto.DOUBLE in dtypes:
+            reason = node.rounding()
         if reason is not None:
             raise Unmet(reason, kind="kernel", place=self._found.root.name)
         node.least = self._target.results(node.op, node.domain, version)

@@ -21,6 +21,7 @@ from fusion.models.graph import Node, Value
 from fusion.plan import SPELLINGS, Plan
 from fusion.terms import Ref
 from fusion.verdict import Verdict
+from fusion.verifying.compare import tolerance
 from fusion.view import View
 from fusion.writing.place import before, standing
 
@@ -80,6 +81,13 @@ class NewNode:
     shared: bool = False
     asking: Node | None = None
     least: int = 0
+
+    def rounding(self) -> str | None:
+        """Why an attribute, which is in single precision, would move a computation in double by more than rounding."""
+        for name, number in self.attributes.items():
+            if isinstance(number, float) and abs(float(np.float32(number)) - number) > tolerance(np.dtype(np.float64)):
+                return f"the attribute {name} of {self.op} would round {number:.9g} to single precision"
+        return None
 
 
 @dataclass(eq=False)

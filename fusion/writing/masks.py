@@ -187,6 +187,8 @@ class _Reader:
 
     def _triangle(self, node: Node, ref: Ref) -> Formula:
         """Trilu of one number."""
+        if len(ref.layout.source) < 2:
+            return None
         *_, row, column = self._places(ref)
         shift = 0 if node.input(1) is None else self._integer(node, 1)
         number = None if node.inputs[0] is None else self.facts.number(node.inputs[0])

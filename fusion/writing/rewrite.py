@@ -159,6 +159,7 @@ class Rewriter:
                 found = Found(self.search.view, choice.plan, choice.ref, choice.root, choice.state, choice.region)
                 builder = Builder(found, self.target)
                 try:
+                    found.require(0 not in found.shape, "there is nothing to compute: the result has no elements")
                     returned = emission.build(found, builder)
                     outputs: tuple[New, ...] = returned if isinstance(returned, tuple) else (returned,)
                     declared = 1 + len(choice.state.kept)  # what an emission keeps besides lies as it is
