@@ -44,7 +44,7 @@ def _atom(atom, arrays, order):
         return product.sum(axis=order.index(atom.letters[0]), keepdims=True)
     child = evaluate(atom.child, arrays, order)
     axes = tuple(order.index(label) for label in atom.letters)
-    if isinstance(atom, p.Mean):
+    if isinstance(atom, p.Reduction):
         return child.mean(axis=axes, keepdims=True)
     powers = np.exp(child)
     return powers / powers.sum(axis=axes, keepdims=True)
@@ -162,7 +162,7 @@ def _of_atom(atom, speller, coordinates):
     if isinstance(atom, p.Softmax):
         return base("Softmax", coordinates.index(atom.letters[0]), frozen(of_term(atom.child, speller, coordinates)))
     inner = [None if label in atom.letters else label for label in coordinates] + list(atom.letters)
-    if isinstance(atom, p.Mean):
+    if isinstance(atom, p.Reduction):
         return base("mean", len(atom.letters), frozen(of_term(atom.child, speller, inner)))
     return contracted(of_term(atom.left, speller, inner), of_term(atom.right, speller, inner))
 

@@ -191,7 +191,7 @@ def test_reductions(data):
     inner = polynomial(draw, 2, variables(ELEMENTWISE))
     inner = draw.choose(inner, power(inner, 2.0))
     assume(set(over) <= labels_of(inner))
-    mean = leaf(p.Mean(inner, over))
+    mean = leaf(p.Reduction("mean", inner, over))
     outer = polynomial(draw, 2, [mean, *variables(ELEMENTWISE)])
     assume(outer.factors)
     Spelled(data, outer, ELEMENTWISE, "BSD", SIZES).check()
@@ -240,7 +240,7 @@ def test_guards_of_a_softmax(data):
 @given(st.data())
 def test_noise(data):
     draw = drawn(data)
-    mean = leaf(p.Mean(power(variables(ELEMENTWISE)[0], 2.0), ("D",)))
+    mean = leaf(p.Reduction("mean", power(variables(ELEMENTWISE)[0], 2.0), ("D",)))
     activated = leaf(p.Op("Tanh", multiply(number(0.5), var("x", ELEMENTWISE["x"]))))
     term = polynomial(draw, 2, [*variables(ELEMENTWISE), mean, activated])
     assume(term.factors)
