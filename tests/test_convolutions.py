@@ -111,6 +111,15 @@ def test_what_is_no_number_for_each_channel_stays(op, shape):
     assert same(b.model(b.node(op, y, numbers(*shape, seed=6))), IMAGE).counts == {}
 
 
+@pytest.mark.parametrize("number", [np.inf, np.nan, 1e30])
+def test_factors_that_weights_cannot_take_stay(number):
+    b = Build()
+    factor = numbers(6, 1, 1, seed=6)
+    factor[2] = number
+    result = fusion.optimize(b.model(b.mul(conv(b, b.input("x", GIVEN)), factor)))
+    assert operators(result.model) == {"Conv": 1, "Mul": 1}
+
+
 def test_a_constant_read_backwards_is_not_taken_as_it_is_stored():
     b = Build()
     ends = (np.array([own]) for own in (-1, -(2**62), 0, -1))

@@ -25,6 +25,9 @@ Array = np.ndarray[Any, Any]
 _ONCE: dict[str, dict[str, Any]] = {"Gemm": {"beta": None}}
 """Attributes that the new bias has in it."""
 
+LARGEST = 1e18
+"""Numbers below this times a weight are finite in float."""
+
 SHARED = 1 << 16
 """Bytes up to which a weight that others read, too, is there a second time."""
 
@@ -55,7 +58,7 @@ def folded(op: Builder, found: Found, layer: Node, factor: Array | None, shift: 
     shape, along = tuple(stored.dims), _channels(layer)
     channels = shape[along] * group
     for given in (factor, shift):
-        fits = given is None or (given.shape == (channels,) and bool(np.isfinite(given).all()))
+        fits = given is None or (given.shape == (channels,) and bool((np.abs(given) < LARGEST).all()))
         found.require(fits, f"{layer.label} has {channels} channels, and what follows is no number for each of them")
     found.require(x is not None and found.facts.dtype(x) == found.dtype, f"{layer.label} computes in another dtype")
     shift = shift + (0.0 if bias is None else _bias(found, layer, bias) * (1.0 if factor is None else factor))
