@@ -91,15 +91,16 @@ class View:
 
         A stored tensor counts only where it has one element: a weight of all ones is a weight.
         """
-        if value in self._numbers:
-            return self._numbers[value]
-        constant: float | None = None
-        stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
-        shape = self.facts.shape(value) if stored else ()
-        if shape is not None and all(dim == 1 for dim in shape):
-            constant = self.facts.number(value)
-        self._numbers[value] = constant
-        return constant
+        known = self._numbers
+        if value not in known:
+            stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
+            known[value] = None if stored and not self._is_single(value) else self.facts.number(value)
+        return known[value]
+
+    def _is_single(self, value: Value) -> bool:
+        """Whether a value has one element."""
+        shape = self.facts.shape(value)
+        return shape is not None and all(dim == 1 for dim in shape)
 
     def operand(self, ref: Ref, node: Node, index: int) -> Ref | None:
         """An operand of an elementwise node in the coordinates of its result `ref`."""
@@ -134,6 +135,9 @@ class View:
 
     def peel(self, ref: Ref) -> Peeled:
         """Follow `ref` through layouts and noise."""
+        node = ref.value.producer
+        if node is None or node.op not in PASSED:
+            return Peeled(ref, self._single(ref.value), ())
         known = self._peeled.get(ref)
         if known is None:
             known = self._peel(ref)
@@ -195,7 +199,12 @@ class View:
         node = value.producer
         if node is None or node.op == "Constant":
             return self.facts.is_constant(value)
-        return depth > 0 and all(own is None or self._is_stored(own, depth - 1) for own in node.inputs)
+        if depth == 0:
+            return False
+        for own in node.inputs:  # the first that is not settles it: most are not
+            if own is not None and not self._is_stored(own, depth - 1):
+                return False
+        return True
 
     def expand(self, ref: Ref) -> Prod:
         """The term of a value, one level deep; a leaf where no law knows the operator."""

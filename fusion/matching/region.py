@@ -7,6 +7,7 @@ them otherwise. Layout prefixes and masks may be shared; they stay if somebody n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from fusion.matching.state import Miss, State
 from fusion.models.graph import Node, Value
@@ -58,22 +59,21 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
             if value.producer not in visited:
                 visited[value.producer] = None
                 stack.append(value.producer)
-    ordered = sorted(visited, key=lambda node: node.position)
+    ordered = sorted(visited, key=attrgetter("position"))
     prefix: dict[Node, None] = {}
     for node in ordered:
         if node.scope is not producer.scope:
             return Miss("privacy", f"{node.label} is in another scope than {root.name}", Verdict.NO, 1, node.label)
         data = node.inputs[0] if node.inputs else None
-        output = node.outputs[0] if node.outputs else None
-        if node is producer or data is None or output is None or not view.rearranges(node):
+        if node is producer or data is None:
             continue
-        if data in stops or data in kept or data.producer in prefix:
+        if (data in stops or data in kept or data.producer in prefix) and view.rearranges(node):
             prefix[node] = None
     core = [node for node in ordered if node not in prefix]
     asking: dict[Node, None] = {}
     for node in core:
-        for value in (output for output in node.outputs if output is not None):
-            if value is root or value in kept:
+        for value in node.outputs:
+            if value is None or value is root or value in kept:
                 continue
             if value.is_output:
                 return Miss("privacy", f"{value.name} inside the region is a graph output", Verdict.NO, 1, value.name)
