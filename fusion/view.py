@@ -199,15 +199,13 @@ class View:
         node = value.producer
         if node is None or node.op == "Constant":
             return self.facts.is_constant(value)
-        if depth == 0:
-            return False
-        for own in node.inputs:  # the first that is not settles it: most are not
-            if own is not None and not self._is_stored(own, depth - 1):
-                return False
-        return True
+        return depth > 0 and all(own is None or self._is_stored(own, depth - 1) for own in node.inputs)
 
     def expand(self, ref: Ref) -> Prod:
         """The term of a value, one level deep; a leaf where no law knows the operator."""
+        node = ref.value.producer
+        if node is None or (node.key not in LAWS and node.op not in PASSED):
+            return leaf(ref)
         known = self._expanded.get(ref)
         if known is None:
             if self._depth > DEPTH:

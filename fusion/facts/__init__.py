@@ -206,8 +206,8 @@ class Facts:
     def _find(self, table: _Table[T], value: Value) -> T | None:
         if self._depth >= _DEPTH:
             raise _TooDeep(table, value)
-        known = table.known
-        chain, like = [value], table.like
+        known, like = table.known, table.like
+        chain = [value]
         while like is not None and (source := like(chain[-1], known)) is not None:
             chain.append(source)
             if source in known:

@@ -72,12 +72,12 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
     core = [node for node in ordered if node not in prefix]
     asking: dict[Node, None] = {}
     for node in core:
-        for value in node.outputs:
-            if value is None or value is root or value in kept:
+        for output in node.outputs:
+            if output is None or output is root or output in kept:
                 continue
-            if value.is_output:
-                return Miss("privacy", f"{value.name} inside the region is a graph output", Verdict.NO, 1, value.name)
-            for reader in value.uses:
+            if output.is_output:
+                return Miss("privacy", f"{output.name} inside the region is a graph output", Verdict.NO, 1, output.name)
+            for reader in output.uses:
                 if reader in visited or _dies(reader, visited, stops, ABSORBED):
                     continue
                 if asks_sizes(view, reader) and reader.scope is producer.scope:
@@ -85,10 +85,10 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
                 else:
                     return Miss(
                         "privacy",
-                        f"{value.name} inside the region is also read by {reader.label}",
+                        f"{output.name} inside the region is also read by {reader.label}",
                         Verdict.NO,
                         1,
-                        value.name,
+                        output.name,
                     )
     return Region(tuple(core), tuple(prefix), tuple(asking))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from onnx import FunctionProto, GraphProto, TensorProto, helper
 
-from fusion.models.index import Index, Node, Scope, Value, paused_collection, reads, versions
+from fusion.models.index import Index, Node, Scope, Value, is_read, paused_collection, reads, versions
 from fusion.models.order import nearest
 
 if TYPE_CHECKING:
@@ -161,13 +161,13 @@ class Graph(Index):
             node = stack.pop()
             if node not in node.scope.nodes:
                 continue
-            if any(value is not None and (value.uses or value.is_output) for value in node.outputs):
+            if any(map(is_read, node.outputs)):
                 continue
             read = reads(node)
             self._remove(node)
             removed.append(node)
             for value in read:
-                if value.uses or value.is_output:
+                if is_read(value):
                     continue
                 if value.producer is not None:
                     stack.append(value.producer)

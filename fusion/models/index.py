@@ -255,6 +255,11 @@ def versions(imports: Iterable[OperatorSetIdProto]) -> dict[str, int]:
     return {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in imports}
 
 
+def is_read(value: Value | None) -> bool:
+    """Whether a node, or whoever runs the model, reads the value."""
+    return value is not None and (bool(value.uses) or value.is_output)
+
+
 def reads(node: Node) -> list[Value]:
     """The values a node needs, those that its bodies capture included."""
     read = [value for value in node.inputs if value is not None]
