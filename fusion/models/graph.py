@@ -231,9 +231,11 @@ class Graph(Index):
         for node in chain(self.nodes(), self._removed):
             node.inputs.clear()
             node.outputs.clear()
+            node.bodies = ()
         for scope in self.scopes:
             scope.nodes.clear()
             scope.values.clear()
+            scope.outputs.clear()
         self.by_op.clear()
         self._removed.clear()
 
