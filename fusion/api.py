@@ -156,6 +156,7 @@ def _because(misses: tuple[Miss, ...]) -> str:
     return "; ".join(dict.fromkeys(m.text + (unknown if m.verdict is Verdict.UNKNOWN else "") for m in misses))
 
 
+@paused_collection()
 def optimize(
     source: Any,
     destination: str | os.PathLike[str] | None = None,
@@ -194,37 +195,38 @@ def optimize(
         yield
         timings[phase] = time.perf_counter() - started
 
-    with paused_collection():
-        with timed("load"):
-            aim = target_named(target)
-            chosen, rules = _chosen(patterns, aim)
-            model = load(source)
-        notes = list(model.notes)
-        if opset is not None:
-            with timed("convert"):
-                notes += filter(None, [convert(model, opset, aim)])
-        with timed("index"):
-            graph = Graph(model)
-            before = sum(1 for _ in graph.nodes())
-        rewriter = Rewriter(graph, chosen, aim, check=check)
-        outcome = rewriter.outcome
-        timings["simplify"] = _rewrite(rewriter, Simplifier(graph, rewriter.search.facts, rules, outcome.rewritten))
-        timings.update(outcome.seconds)
-        with timed("explain"):
-            known = {miss.root for miss in outcome.near}
-            near = [*outcome.near, *_explained(Explainer(rewriter.search), NEAR_MISSES, known)]
-        after = sum(1 for _ in graph.nodes())
-        with timed("save"):
-            graph.commit()
-            if destination is not None:
-                save(model, destination)
-            written = None if destination is not None else model.export()
+    with timed("load"):
+        aim = target_named(target)
+        chosen, rules = _chosen(patterns, aim)
+        model = load(source)
+    notes = list(model.notes)
+    if opset is not None:
+        with timed("convert"):
+            notes += filter(None, [convert(model, opset, aim)])
+    with timed("index"):
+        graph = Graph(model)
+        before = sum(1 for _ in graph.nodes())
+    rewriter = Rewriter(graph, chosen, aim, check=check)
+    outcome = rewriter.outcome
+    timings["simplify"] = _rewrite(rewriter, Simplifier(graph, rewriter.search.facts, rules, outcome.rewritten))
+    timings.update(outcome.seconds)
+    with timed("explain"):
+        known = {miss.root for miss in outcome.near}
+        near = [*outcome.near, *_explained(Explainer(rewriter.search), NEAR_MISSES, known)]
+    after = sum(1 for _ in graph.nodes())
+    rewriter.search.close()
+    with timed("save"):
+        graph.commit()
+        if destination is not None:
+            save(model, destination)
+        written = None if destination is not None else model.export()
     rewritten = written if destination is None else destination
     fused = [made for made in outcome.rewritten if made.pattern not in RULES]
     simpler = [made for made in outcome.rewritten if made.pattern in RULES]
     return Result(aim.name, before, after, timings, fused, simpler, near, notes, written, source, rewritten)
 
 
+@paused_collection()
 def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:
     """The matches of patterns in a model, without rewriting it; also of patterns that the target has no emission for.
 
@@ -235,6 +237,7 @@ def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target
     return [place for place in _matches(rewriter, Explainer(rewriter.search)) if place.verdict is Verdict.YES]
 
 
+@paused_collection()
 def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort-cpu") -> Explanation:
     """Where a pattern matches in a model and, for every place where it nearly does, what keeps it from it."""
     rewriter = _rewriter(source, None if pattern is None else [pattern], target)

@@ -93,15 +93,16 @@ class View:
 
         A stored tensor counts only where it has one element: a weight of all ones is a weight.
         """
-        if value in self._numbers:
-            return self._numbers[value]
-        constant: float | None = None
-        stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
-        shape = self.facts.shape(value) if stored else ()
-        if shape is not None and all(dim == 1 for dim in shape):
-            constant = self.facts.number(value)
-        self._numbers[value] = constant
-        return constant
+        known = self._numbers
+        if value not in known:
+            stored = value.tensor is not None or (value.producer is not None and value.producer.op == "Constant")
+            known[value] = None if stored and not self._is_single(value) else self.facts.number(value)
+        return known[value]
+
+    def _is_single(self, value: Value) -> bool:
+        """Whether a value has one element."""
+        shape = self.facts.shape(value)
+        return shape is not None and all(dim == 1 for dim in shape)
 
     def operand(self, ref: Ref, node: Node, index: int) -> Ref | None:
         """An operand of an elementwise node in the coordinates of its result `ref`."""
@@ -136,6 +137,9 @@ class View:
 
     def peel(self, ref: Ref) -> Peeled:
         """Follow `ref` through layouts and noise."""
+        node = ref.value.producer
+        if node is None or node.op not in PASSED:
+            return Peeled(ref, self._single(ref.value), ())
         known = self._peeled.get(ref)
         if known is None:
             known = self._peel(ref)
@@ -201,6 +205,9 @@ class View:
 
     def expand(self, ref: Ref) -> Prod:
         """The term of a value, one level deep; a leaf where no law knows the operator."""
+        node = ref.value.producer
+        if node is None or (node.key not in LAWS and node.op not in PASSED):
+            return leaf(ref)
         known = self._expanded.get(ref)
         if known is None:
             if self._depth > DEPTH:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 from building import BOOL, FLOAT, Build, same, well_formed
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from fusion.errors import ModelError
-from fusion.models.graph import Graph
+from fusion.models.graph import Graph, Node, Scope, Value, paused_collection
 from fusion.models.model import load
 
 
@@ -214,6 +216,26 @@ def test_a_graph_without_edits_leaves_the_protobuf_untouched():
     before = model.proto.SerializeToString(deterministic=True)
     assert Graph(model).commit() is False
     assert model.proto.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("edit", [True, False])
+def test_a_graph_that_is_spent_leaves_nothing_to_the_collector(edit):
+    def count() -> int:
+        return sum(isinstance(found, Node | Value | Scope) for found in gc.get_objects())
+
+    gc.collect()
+    with paused_collection():
+        before = count()
+        graph = graph_of(with_body())
+        if edit:
+            y = value(graph, "y")
+            graph.add_node(graph.main, "Identity", [value(graph, "x")], [y], at=y.producer)
+            graph.remove_dead(list(graph.by_op["If"]))
+            del y
+        assert count() > before
+        graph.commit()
+        del graph
+        assert count() == before
 
 
 def test_a_new_node_takes_over_the_name_of_an_output():

@@ -107,7 +107,8 @@ class Facts:
 
     def number(self, value: Value) -> float | None:
         """The number which all elements equal, rounded as the element type rounds; None where unknown or empty."""
-        return self._ask(self._numbers, value)
+        known = self._numbers.known
+        return known[value] if value in known else self._ask(self._numbers, value)
 
     def constant(self, value: Value) -> np.ndarray[Any, Any] | None:
         """The payload of an initializer or Constant node, read now, however large; None for anything else."""
@@ -141,9 +142,13 @@ class Facts:
         known = len(self._dims)
         found = equalities.learn(self) or len(self._dims) > known
         if found:
-            for table in self._tables:
-                table.known.clear()
+            self.clear()
         return found
+
+    def clear(self) -> None:
+        """Drop all facts; equalities stay."""
+        for table in self._tables:
+            table.known.clear()
 
     def forget(self, values: Iterable[Value]) -> None:
         """Drop the facts about these values, not about what is computed from them: a rewrite keeps their meaning."""
@@ -201,8 +206,8 @@ class Facts:
     def _find(self, table: _Table[T], value: Value) -> T | None:
         if self._depth >= _DEPTH:
             raise _TooDeep(table, value)
-        known = table.known
-        chain, like = [value], table.like
+        known, like = table.known, table.like
+        chain = [value]
         while like is not None and (source := like(chain[-1], known)) is not None:
             chain.append(source)
             if source in known:

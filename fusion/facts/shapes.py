@@ -35,8 +35,8 @@ def like(value: Value, known: Mapping[Value, tuple[Dim, ...] | None]) -> Value |
     if node is None:
         return None
     rule = RULES.get(node.key)
-    if rule is same:
-        return node.input(0)
+    if rule is same and node.inputs:
+        return node.inputs[0]
     if rule is elementwise and len(node.inputs) == 2:
         first, second = node.inputs
         if second is not None and known.get(second) == ():
@@ -53,8 +53,7 @@ def same(facts: Facts, node: Node, slot: int) -> Dims | None:
 
 def elementwise(facts: Facts, node: Node, slot: int) -> Dims | None:
     """numpy broadcasting of all inputs."""
-    found = [input_shape(facts, node, i) for i, value in enumerate(node.inputs) if value is not None]
-    return broadcast_shapes(found)
+    return broadcast_shapes([facts.shape(value) for value in node.inputs if value is not None])
 
 
 def broadcast_shapes(found: Sequence[Dims | None]) -> Dims | None:

@@ -20,12 +20,13 @@ def without_numbers(ref: Ref, view: View, *, shared: bool = False) -> tuple[Ref,
     """
     coef = 1.0
     while True:
-        peeled = view.peel(ref)
-        ref = peeled.ref
-        node = ref.value.producer
-        following = behind(node, ref, view) if node is not None and (peeled.private or shared) else None
+        source = view.source(ref)
+        node = source.value.producer
+        if node is None or node.key not in OPERATORS or not (shared or view.peel(ref).private):
+            return source, coef
+        following = behind(node, source, view)
         if following is None:
-            return ref, coef
+            return source, coef
         ref, coef = following[0], coef * following[1]
 
 

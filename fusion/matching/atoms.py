@@ -101,7 +101,6 @@ class Atoms:
 
     def operator(self, atom: p.Op, node: Node, given: Ref, context: Context, state: State) -> Iterator[State]:
         """An elementwise operator with its attributes at their defaults."""
-        extra = extra_attributes(node, ())
         states: Iterator[State] = iter((state,))
         if node.key != atom.name or len(node.inputs) != 1:
             lost = 1 if node.key in UNARY else self.matcher.lost(atom)
@@ -109,7 +108,7 @@ class Atoms:
             if lost > 1:
                 yield from states
                 return
-        elif extra:
+        elif extra := extra_attributes(node):
             states = self.matcher.miss(state, "attribute", "default attributes", ", ".join(extra), 1, node.label)
         operand = self.view.operand(given, node, 0)
         if operand is None:

@@ -61,7 +61,8 @@ class Products:
             core, alone = self.matcher.sums.core(single, state)
             if core is not None:
                 yield from self.match(core, given, context, alone, place)
-        formulas, variables, scalar, *_ = parts = self.plan_of(term.factors)
+        parts = self.plan_of(term.factors)
+        formulas, variables, scalar = parts.formulas, parts.variables, parts.scalar
         if not self.record and not _may_fit(parts, given.factors):
             return
         if self.record and (spread := _spread(term)) is not None:

@@ -7,6 +7,7 @@ them otherwise. Layout prefixes and masks may be shared; they stay if somebody n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from fusion.matching.state import Miss, State, entries
 from fusion.models.graph import Node, Value
@@ -59,26 +60,26 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
             if value.producer not in visited:
                 visited[value.producer] = None
                 stack.append(value.producer)
-    ordered = sorted(visited, key=lambda node: node.position)
+    ordered = sorted(visited, key=attrgetter("position"))
     prefix: dict[Node, None] = {}
     for node in ordered:
         if node.scope is not producer.scope:
             return Miss("privacy", f"{node.label} is in another scope than {root.name}", Verdict.NO, 1, node.label)
         data = node.inputs[0] if node.inputs else None
-        output = node.outputs[0] if node.outputs else None
-        if node is producer or data is None or output is None or not (node.key == "Pad" or view.rearranges(node)):
+        if node is producer or data is None:
             continue
-        if data in stops or data in kept or data.producer in prefix:
+        before = data in stops or data in kept or data.producer in prefix
+        if before and (node.key == "Pad" or view.rearranges(node)):
             prefix[node] = None
     core = [node for node in ordered if node not in prefix]
     asking: dict[Node, None] = {}
     for node in core:
-        for value in (output for output in node.outputs if output is not None):
-            if value is root or value in kept:
+        for output in node.outputs:
+            if output is None or output is root or output in kept:
                 continue
-            if value.is_output:
-                return Miss("privacy", f"{value.name} inside the region is a graph output", Verdict.NO, 1, value.name)
-            for reader in value.uses:
+            if output.is_output:
+                return Miss("privacy", f"{output.name} inside the region is a graph output", Verdict.NO, 1, output.name)
+            for reader in output.uses:
                 if reader in visited or _dies(reader, visited, stops, ABSORBED):
                     continue
                 if asks_sizes(view, reader) and reader.scope is producer.scope:
@@ -86,10 +87,10 @@ def region_of(view: View, root: Value, state: State) -> Region | Miss:
                 else:
                     return Miss(
                         "privacy",
-                        f"{value.name} inside the region is also read by {reader.label}",
+                        f"{output.name} inside the region is also read by {reader.label}",
                         Verdict.NO,
                         1,
-                        value.name,
+                        output.name,
                     )
     return Region(tuple(core), tuple(prefix), tuple(asking))
 

@@ -87,6 +87,11 @@ class Search:
         self.view.forget()
         self._reached.clear()
 
+    def close(self) -> None:
+        """Let go of everything: matchers refer to themselves, and so would keep it until a collector finds them."""
+        self.forget()
+        self.facts.clear()
+
     def learn(self) -> None:
         """Learn equalities of sizes, until a pass finds none: a pass may need what the one before it found."""
         for _ in range(PASSES):
@@ -116,16 +121,15 @@ class Search:
 
     def anchors(self, plan: Plan) -> list[Node]:
         """The nodes that may spell the part of the formula that is rarest in this graph; empty where one is absent."""
-        choices: list[list[Node]] = []
-        for spelled in plan.anchors:
-            nodes = [node for op in sorted(spelled) for node in self.graph.by_op.get(op, ())]
-            if not nodes:
-                return []
-            choices.append(nodes)
-        nodes = min(choices, key=len)
-        if any(node.op == "Concat" for node in nodes):  # of numbers, not of sizes
+        by_op = self.graph.by_op
+        counts = [sum(len(by_op.get(op, ())) for op in spelled) for spelled in plan.anchors]
+        if 0 in counts:
+            return []
+        spelled = plan.anchors[counts.index(min(counts))]
+        nodes = [node for op in sorted(spelled) for node in by_op.get(op, ())]
+        if "Concat" in spelled:  # of numbers, not of sizes
             nodes = [node for node in nodes if (out := node.outputs[0]) and self.facts.dtype(out) in FLOATS]
-        if any(node.op == "Pow" for node in nodes):  # the root of a norm, not its squares
+        if "Pow" in spelled:  # the root of a norm, not its squares
             nodes = [node for node in nodes if node.op != "Pow" or self._is_root(node)]
         names = {scope: scope.name for scope in {node.scope for node in nodes}}
         return sorted(nodes, key=lambda node: (names[node.scope], node.position))

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 
 from onnx import FunctionProto, GraphProto, TensorProto, helper
 
-from fusion.models.index import Index, Node, Scope, Value, paused_collection, reads, versions
+from fusion.models.index import Index, Node, Scope, Value, is_read, paused_collection, reads, versions
 from fusion.models.order import nearest
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Graph(Index):
         self.constants: dict[object, Value] = {}
         self._fresh = 0
         self._sequence = 0
+        self._removed: list[Node] = []
         self._undo: list[Callable[[], None]] | None = None
 
     @contextmanager
@@ -158,13 +161,13 @@ class Graph(Index):
             node = stack.pop()
             if node not in node.scope.nodes:
                 continue
-            if any(value is not None and (value.uses or value.is_output) for value in node.outputs):
+            if any(map(is_read, node.outputs)):
                 continue
-            read = list(reads(node))
+            read = reads(node)
             self._remove(node)
             removed.append(node)
             for value in read:
-                if value.uses or value.is_output:
+                if is_read(value):
                     continue
                 if value.producer is not None:
                     stack.append(value.producer)
@@ -179,6 +182,7 @@ class Graph(Index):
             for inner in list(body.nodes):
                 self._remove(inner)
         del scope.nodes[node], self.by_op[node.key][node]
+        self._removed.append(node)
         for output in node.outputs:
             if output is not None:
                 self._drop(output)
@@ -215,13 +219,25 @@ class Graph(Index):
 
     def commit(self) -> bool:
         """Write the edits into the protobuf; return whether there were any. The index is spent afterwards."""
-        edited = [scope for scope in self.scopes if scope.edited]
-        if not edited:
-            return False
+        edited = any(scope.edited for scope in self.scopes)
         for scope in reversed(self.scopes):  # bodies before the graphs that hold them
             if scope.edited and not _detached(scope):
                 self._commit(scope)
-        return True
+        self._take_apart()
+        return edited
+
+    def _take_apart(self) -> None:
+        """Cut the circles in which nodes and values refer to each other, so that no collector has to look for them."""
+        for node in chain(self.nodes(), self._removed):
+            node.inputs.clear()
+            node.outputs.clear()
+            node.bodies = ()
+        for scope in self.scopes:
+            scope.nodes.clear()
+            scope.values.clear()
+            scope.outputs.clear()
+        self.by_op.clear()
+        self._removed.clear()
 
     def _commit(self, scope: Scope) -> None:
         proto = scope.proto
@@ -275,12 +291,14 @@ def _detached(scope: Scope) -> bool:
 
 def _in_order(scope: Scope) -> list[Node]:
     """The nodes by position where that is a topological order, else the topological order nearest to it."""
-    nodes = sorted(scope.nodes, key=lambda node: node.position)
-    index = {node: place for place, node in enumerate(nodes)}
-    needs = [
-        {index[value.producer] for value in reads(node) if value.scope is scope and value.producer is not None}
-        for node in nodes
-    ]
-    if all(max(needed, default=-1) < place for place, needed in enumerate(needs)):
+    nodes = sorted(scope.nodes, key=attrgetter("position"))
+    if all(producer.position < node.position for node in nodes for producer in _producers(node)):
         return nodes
+    index = {node: place for place, node in enumerate(nodes)}
+    needs = [{index[producer] for producer in _producers(node)} for node in nodes]
     return [nodes[place] for place in nearest(needs, [node.label for node in nodes], scope.name)]
+
+
+def _producers(node: Node) -> list[Node]:
+    """The nodes of the same scope whose results a node needs."""
+    return [value.producer for value in reads(node) if value.producer is not None and value.scope is node.scope]

@@ -43,27 +43,38 @@ class Value:
         return f"Value({self.name!r})"
 
 
-@dataclass(slots=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False, init=False)
 class Node:
-    """One operator of a scope."""
+    """One operator of a scope. What is read often is read out of the protobuf once: each look into that makes objects.
+
+    There are very many nodes, hence the constructor without defaults.
+    """
 
     proto: NodeProto
     scope: Scope
     position: tuple[int, int]  # sort key of the order in the scope
-    op: str = field(init=False)
-    domain: str = field(init=False)  # "" for the standard operators
-    key: str = field(init=False)  # the operator with its domain: `Gelu`, `com.microsoft::Gelu`
-    inputs: list[Value | None] = field(default_factory=list)  # None for an optional one that is left out
-    outputs: list[Value | None] = field(default_factory=list)
-    bodies: tuple[Scope, ...] = ()  # of its graph attributes
+    op: str
+    domain: str  # "" for the standard operators
+    key: str  # the operator with its domain: `Gelu`, `com.microsoft::Gelu`
+    name: str
+    inputs: list[Value | None]  # None for an optional one that is left out
+    outputs: list[Value | None]
+    bodies: tuple[Scope, ...]  # of its graph attributes
 
-    def __post_init__(self) -> None:
-        self.op = self.key = self.proto.op_type
-        self.domain = self.proto.domain
-        if self.domain == "ai.onnx":
+    def __init__(self, proto: NodeProto, scope: Scope, position: tuple[int, int]) -> None:
+        self.proto = proto
+        self.scope = scope
+        self.position = position
+        self.op = self.key = proto.op_type
+        self.domain = domain = proto.domain
+        if domain == "ai.onnx":
             self.domain = ""
-        if self.domain:
-            self.key = f"{self.domain}::{self.op}"
+        elif domain:
+            self.key = f"{domain}::{self.op}"
+        self.name = proto.name
+        self.inputs = []
+        self.outputs = []
+        self.bodies = ()
 
     @property
     def version(self) -> int:
@@ -73,8 +84,8 @@ class Node:
     @property
     def label(self) -> str:
         """What to call the node in a message: its name, else the name of its first output."""
-        if self.proto.name:
-            return self.proto.name
+        if self.name:
+            return self.name
         named = [value.name for value in self.outputs if value is not None]
         return f"{self.op} -> {named[0]}" if named else self.op
 
@@ -203,7 +214,7 @@ class Index:
                 value = values.get(name) or scope.find(name)
                 if value is None:
                     raise ModelError(
-                        self._place(scope, f"node {proto.name or proto.op_type!r} reads {name!r}, ")
+                        self._place(scope, f"node {node.name or node.op!r} reads {name!r}, ")
                         + "which no earlier node, input or initializer defines"
                     )
                 inputs.append(value)
@@ -214,10 +225,10 @@ class Index:
                     outputs.append(None)
                     continue
                 outputs.append(self._define(scope, name, node, slot))
-            names.add(proto.name)
+            names.add(node.name)
             nodes[node] = None
             by_op[node.key][node] = None
-            for body in bodies(proto) if proto.attribute else ():
+            for body in bodies(proto):
                 inner = Scope(body, scope.opsets, scope, node)
                 node.bodies += (inner,)
                 self._index(inner)
@@ -244,9 +255,15 @@ def versions(imports: Iterable[OperatorSetIdProto]) -> dict[str, int]:
     return {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in imports}
 
 
-def reads(node: Node) -> Iterator[Value]:
+def is_read(value: Value | None) -> bool:
+    """Whether a node, or whoever runs the model, reads the value."""
+    return value is not None and (bool(value.uses) or value.is_output)
+
+
+def reads(node: Node) -> list[Value]:
     """The values a node needs, those that its bodies capture included."""
-    yield from (value for value in node.inputs if value is not None)
+    read = [value for value in node.inputs if value is not None]
     for body in node.bodies:
-        inner = (value for node in body.nodes for value in reads(node))
-        yield from (value for value in chain(inner, body.outputs) if value.scope is not body)
+        inner = [value for node in body.nodes for value in reads(node)]
+        read += [value for value in chain(inner, body.outputs) if value.scope is not body]
+    return read

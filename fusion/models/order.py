@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from heapq import heappop, heappush
 from itertools import chain
 
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, defs
 
 from fusion.errors import ModelError
 
@@ -58,11 +59,26 @@ def sort(proto: ModelProto, label: str) -> bool:
 
 def bodies(node: NodeProto) -> Iterator[GraphProto]:
     """The graphs among the attributes of a node."""
+    if not _may_hold_bodies(node.op_type, node.domain):
+        return
     for attribute in node.attribute:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
         elif attribute.type == AttributeProto.GRAPHS:
             yield from attribute.graphs
+
+
+@cache
+def _may_hold_bodies(op: str, domain: str) -> bool:
+    """Whether an operator has graphs among its attributes; where no schema says so, the node itself must be asked."""
+    try:
+        schema = defs.get_schema(op, "" if domain == "ai.onnx" else domain)
+    except (defs.SchemaError, TypeError):  # a damaged name is bytes
+        return True
+    return any(attribute.type in _GRAPHS for attribute in schema.attributes.values())
+
+
+_GRAPHS = (defs.OpSchema.AttrType.GRAPH, defs.OpSchema.AttrType.GRAPHS)
 
 
 def _sort_body(body: Body, visible: set[str], place: str) -> bool:

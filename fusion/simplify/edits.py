@@ -15,6 +15,7 @@ from onnx import FunctionProto, NodeProto, TensorProto, numpy_helper
 
 from fusion.facts import Facts
 from fusion.models.graph import Graph, Node, Scope, Value
+from fusion.models.index import is_read
 from fusion.simplify.purity import Removable
 from fusion.writing.apply import PATTERN, REPLACED
 from fusion.writing.outcome import Rewritten
@@ -170,19 +171,19 @@ class Editor:
         stack = list(nodes)
         while stack:
             node = stack.pop()
-            if node not in node.scope.nodes or any(map(_is_read, node.outputs)) or not self.removable(node):
+            if node not in node.scope.nodes or any(map(is_read, node.outputs)) or not self.removable(node):
                 continue
             reads = [node, *_inside(node)]
             self.graph._remove(node)
             for value in (value for reader in reads for value in reader.inputs):
-                if value is not None and not _is_read(value):
+                if value is not None and not is_read(value):
                     if value.producer is not None:
                         stack.append(value.producer)
                     self.drop(value)
 
     def drop(self, value: Value) -> bool:
         """Remove an initializer if nobody reads it."""
-        if _is_read(value) or value.tensor is None or value.name in self.annotated:
+        if is_read(value) or value.tensor is None or value.name in self.annotated:
             return False
         if value.scope.values.get(value.name) is not value:
             return False
@@ -247,10 +248,6 @@ class Editor:
             node.proto.metadata_props.extend(before.metadata_props)
 
         self.graph._journal(node.scope, undo)
-
-
-def _is_read(value: Value | None) -> bool:
-    return value is not None and (bool(value.uses) or value.is_output)
 
 
 def _sees(reader: Node, value: Value) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -157,13 +158,15 @@ class Found:
     @property
     def place(self) -> Node:
         """The node in whose place new ones stand: the root's, or the first one left that reads what is kept."""
+        if not self.state.kept:
+            return self.node
         readers = [reader for value in self.finals[1:] for reader in value.uses if self._stays(reader)]
         inside = [self.node]
         for reader in readers:
             while reader.scope is not self.node.scope and reader.scope.owner is not None:
                 reader = reader.scope.owner
             inside.append(reader)
-        return min(inside, key=lambda node: node.position)
+        return min(inside, key=attrgetter("position"))
 
     def is_read(self, value: Value) -> bool:
         """Whether somebody reads a kept value when the region is gone."""

@@ -52,6 +52,10 @@ class Rewriter:
         self.target = target
         self.check = check
         self.outcome = Outcome()
+        self.emissions = {plan.pattern: self._emissions(plan.pattern) for plan in self.search.plans}
+        """The ways to write a pattern for the target, preferred first."""
+        self.writable = [plan for plan in self.search.plans if self.emissions[plan.pattern]]
+        """The plans that the target has an emission for."""
         self._again: set[str] = set()
 
     def run(self, *, last: bool = False) -> Outcome:
@@ -97,11 +101,6 @@ class Rewriter:
         plans = (plan for plan in self.writable if not plan.pattern.is_last)
         return [plan for plan in plans if plan.reads & operators or plan.pattern.name in failed]
 
-    @property
-    def writable(self) -> list[Plan]:
-        """The plans that the target has an emission for."""
-        return [plan for plan in self.search.plans if self.emissions(plan.pattern)]
-
     def found(self) -> list[tuple[Candidate, tuple[Miss, ...]]]:
         """The matches that do not overlap, the one with the larger gain kept; nothing is written.
 
@@ -114,7 +113,7 @@ class Rewriter:
         for candidate in self.search.candidates(self.search.plans):
             if not taken.isdisjoint(candidate.region.core):
                 continue
-            emissions = self.emissions(candidate.plan.pattern)
+            emissions = self.emissions[candidate.plan.pattern]
             written = self._emit(candidate) if emissions else ()
             unmet = written if isinstance(written, tuple) else ()
             if not unmet:
@@ -122,8 +121,7 @@ class Rewriter:
             chosen.append((candidate, unmet))
         return chosen
 
-    def emissions(self, pattern: Pattern) -> list[Emit]:
-        """The ways to write a pattern for the target, preferred first."""
+    def _emissions(self, pattern: Pattern) -> list[Emit]:
         return list(dict.fromkeys(e for name in self.target.names for e in pattern.emissions if name in e.targets))
 
     # -- writing ----------------------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ class Rewriter:
         first: tuple[Miss, ...] = ()
         for choice in self.search.choices(candidate):
             misses: list[Miss] = []
-            for emission in self.emissions(choice.plan.pattern):
+            for emission in self.emissions[choice.plan.pattern]:
                 found = Found(self.search.view, choice.plan, choice.ref, choice.root, choice.state, choice.region)
                 builder = Builder(found, self.target)
                 try:
@@ -201,23 +199,20 @@ def _is_read(candidate: Candidate, new: set[Node]) -> bool:
     """Whether a node of this sweep reads a value inside the match, so that it is not private any more."""
     finals = {candidate.root, *(ref.value for ref in candidate.state.kept.values())}
     inside = (value for node in candidate.region.core for value in node.outputs if value not in finals)
-    return any(reader in new for value in inside if value is not None for reader in value.uses)
+    return any(not new.isdisjoint(value.uses) for value in inside if value is not None)
 
 
 def _around(nodes: Iterable[Node]) -> set[Node]:
     """The nodes within `NEAR` steps of these."""
     seen = set(nodes)
-    edge = list(seen)
+    edge = seen
     for _ in range(NEAR):
-        following: list[Node] = []
+        beside: set[Node] = set()
         for node in edge:
-            beside = [value.producer for value in node.inputs if value is not None and value.producer is not None]
+            beside.update(value.producer for value in node.inputs if value is not None and value.producer is not None)
             for value in node.outputs:
                 if value is not None and len(value.uses) <= 8:
-                    beside.extend(value.uses)
-            for other in beside:
-                if other not in seen:
-                    seen.add(other)
-                    following.append(other)
-        edge = following
+                    beside.update(value.uses)
+        edge = beside - seen
+        seen |= edge
     return seen
