@@ -112,7 +112,7 @@ SPELLINGS: Mapping[str, frozenset[str]] = {
     "total": frozenset({"ReduceSum"}),
     "softmax": frozenset({"Softmax", "Exp"}),
     "matmul": frozenset({"MatMul", "Gemm", "com.microsoft::FusedMatMul", "Einsum"}),
-    "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization"}),
+    "root": frozenset({"Sqrt", "Pow", "ReduceL2", "InstanceNormalization", "BatchNormalization"}),
     "sum": frozenset({"Add", "Sub", "Sum", "Gemm"}),
     "concat": frozenset({"Concat"}),
     "part": frozenset({"Slice", "Split"}),

@@ -245,9 +245,10 @@ class View:
         return f"{node.label} over an unknown number of elements" if node.key in reduction.COUNTED else ""
 
     def _apart(self, node: Node) -> str:
-        """The sizes of the operand of a node that are broadcast together: were they one, more would be known."""
+        """The named sizes of the operand of a node that are broadcast together: were they one, more would be known."""
         shape = (self.facts.shape(node.inputs[0]) if node.inputs[0] is not None else None) or ()
-        joined = [sorted(map(str, symbols(atom))) for dim in shape for atom in atoms(dim)]
+        within = [map(str, symbols(atom)) for dim in shape for atom in atoms(dim)]
+        joined = [sorted(name for name in names if not name.startswith("?")) for names in within]
         told = [f"{' and '.join(names)} may differ" for names in joined if len(names) > 1]
         return f": {', '.join(dict.fromkeys(told))}" if told else ""
 

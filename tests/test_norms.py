@@ -92,6 +92,50 @@ def test_scale_over_root_may_be_multiplied_by_x_and_by_its_mean(form, pooled):
     np.testing.assert_allclose(got, reference(feed["x"], numbers(5, seed=1), bias, 1e-3), rtol=1e-4, atol=1e-5)
 
 
+def batch_norm(b: Build, x: str, mean, variance, **attributes) -> str:
+    """A BatchNormalization of (1, N, 5, 1) by a mean and a variance of N, without scale and bias."""
+    count = b.unsqueeze(b.node("Gather", b.shape(x), np.array(1), axis=0), [0])
+    ones, zeros = b.expand(b.number(1.0, (1,)), count), b.expand(b.number(0.0, (1,)), count)
+    return b.node("BatchNormalization", x, ones, zeros, mean, variance, **attributes)
+
+
+def keras_norm(b: Build, x: str, **attributes) -> str:
+    """How Keras normalizes a layer by normalizing a batch: every vector is a channel of its own."""
+    column = b.reshape(x, [1, -1, 5, 1])
+    mean = b.mean(column, (0, 2, 3))
+    d = b.sub(column, mean)
+    squares = b.node("ReduceSumSquare", d, axes=[0, 2, 3], keepdims=0)
+    flat = b.node("Squeeze", mean, np.array([0, 2, 3]))
+    normed = batch_norm(b, column, flat, b.div(squares, 5.0), **attributes)
+    return b.node("Reshape", normed, b.shape(x))
+
+
+@pytest.mark.parametrize("dims", [["B", 5], ["B", 3, 5], ["B", 2, 3, 5]])
+def test_a_layer_normalized_as_a_batch_of_one(dims):
+    b = Build()
+    x = b.input("x", dims)
+    gamma, beta = numbers(5, seed=1), numbers(5, seed=2)
+    feed = {"x": numbers(*(4 if dim == "B" else dim for dim in dims))}
+    result = same(b.model(b.add(b.mul(keras_norm(b, x, epsilon=1e-3), gamma), beta)), feed)
+    assert result.counts == NORMED
+    assert operators(result.model) == {"LayerNormalization": 1}
+    (got,) = run(result.model, feed).values()
+    np.testing.assert_allclose(got, reference(feed["x"], gamma, beta, 1e-3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", ["the mean of squares", "stored statistics", "another mean"])
+def test_a_batch_normalized_otherwise_is_no_layer_norm(wrong):
+    b = Build()
+    x = b.input("x", [1, 3, 5, 1])
+    mean = b.node("ReduceMean", x, axes=[0, 2, 3], keepdims=0)
+    variance = b.node("ReduceMean", b.mul(x, x), axes=[0, 2, 3], keepdims=0)
+    if wrong != "the mean of squares":
+        d = b.sub(x, b.mean(x, (0, 2, 3)))
+        variance = b.node("ReduceMean", b.mul(d, d), axes=[0, 2, 3], keepdims=0)
+        mean = numbers(3, seed=3) if wrong == "stored statistics" else b.mul(mean, 2.0)
+    assert same(b.model(batch_norm(b, x, mean, variance, epsilon=1e-3)), {"x": numbers(1, 3, 5, 1)}).counts == {}
+
+
 def test_scale_over_root_that_is_read_elsewhere_stays():
     b = Build()
     y, a = spread(b, "x a + (beta - mean a)")

@@ -1,4 +1,4 @@
-"""Normalization: InstanceNormalization is arithmetic over means, read as if it were written out."""
+"""Normalization: InstanceNormalization, and BatchNormalization by a mean that is computed, read as if written out."""
 
 from __future__ import annotations
 
@@ -12,10 +12,38 @@ if TYPE_CHECKING:
     from fusion.models.graph import Node, Value
     from fusion.view import View
 
-OPERATORS = frozenset({"InstanceNormalization"})
+OPERATORS = frozenset({"InstanceNormalization", "BatchNormalization"})
 
 
 def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
+    """Return the arithmetic of a normalization."""
+    return _batch(node, ref, view) if node.op == "BatchNormalization" else _instance(node, ref, view)
+
+
+def _batch(node: Node, ref: Ref, view: View) -> Prod | None:
+    """Return (x - mean) (variance + epsilon) ** -½ scale + bias, which is how Keras normalizes layers, too.
+
+    None where the mean is stored: that is a scale and a shift of each channel, and a value of its own.
+    """
+    value, scale, bias, mean, variance = (node.input(slot) for slot in range(5))
+    shape = view.facts.shape(value) if value is not None else None
+    epsilon = attribute(node, "epsilon")
+    if value is None or scale is None or bias is None or mean is None or variance is None or len(shape or ()) < 2:
+        return None
+    if node.version < 9 or attribute(node, "training_mode") or not isinstance(epsilon, float):
+        return None  # older ones may train, or normalize each element for itself
+    if view.facts.is_constant(mean):
+        return None
+    source = view.peel(Ref(value, ref.layout)).ref
+    centre, spread = (view.factor(_channels(own, ref)) for own in (mean, variance))
+    root = power(add(epsilon, [Item(spread.coef, spread.factors)]), -0.5)
+    if root is None:
+        return None
+    shifted = add(0.0, [Item(1.0, ((source, 1.0),), source), Item(-centre.coef, centre.factors)])
+    return _affine(multiply(shifted, root), scale, bias, ref, view)
+
+
+def _instance(node: Node, ref: Ref, view: View) -> Prod | None:
     """Return (x - mean x) (mean (x - mean x)² + epsilon) ** -½ scale + bias, the means over all axes after the second.
 
     A scale of ones and a bias of zeros, which exporters write to have none, are not there, though they are stored.
@@ -34,8 +62,12 @@ def normalise(node: Node, ref: Ref, view: View) -> Prod | None:
     root = power(add(epsilon, [variance]), -0.5)
     if root is None:
         return None
-    scaled = multiply(leaf(_centred(value, ref.layout, view)), root, _parameter(scale, 1.0, ref, view))
-    shift = _parameter(bias, 0.0, ref, view)
+    return _affine(multiply(leaf(_centred(value, ref.layout, view)), root), scale, bias, ref, view)
+
+
+def _affine(normed: Prod, scale: Value, bias: Value, ref: Ref, view: View) -> Prod:
+    """normed * scale + bias, parameters of the channels."""
+    scaled, shift = multiply(normed, _parameter(scale, 1.0, ref, view)), _parameter(bias, 0.0, ref, view)
     return add(0.0, [Item(scaled.coef, scaled.factors), Item(shift.coef, shift.factors, _channels(bias, ref))])
 
 

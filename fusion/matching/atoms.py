@@ -243,7 +243,8 @@ class Atoms:
                 spread = tuple(axis for axis in spread if first.layout.shape[axis] != 1)
             outside = tuple(range(self.axes.rank - given.rank, self.axes.rank))
             one = len(spread) > given.rank and spread == tuple(range(spread[0], self.axes.rank))
-            if one or len(spread) == given.rank:  # merged into one axis, or anywhere
+            long = sum(first.layout.shape[axis] != 1 for axis in range(start, start + given.rank))
+            if one or len(spread) in (given.rank, long):  # merged into one axis, or anywhere, or beside axes of size 1
                 outside = spread
             if outside[:1] < (0,):
                 return
