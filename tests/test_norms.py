@@ -658,7 +658,8 @@ def narrowed(b: Build, x: str, outer: int = HALF) -> tuple[str, int, None]:
 def test_what_is_too_large_for_half_is_not_cast_to_it():
     b = Build()
     y = narrowed(b, b.input("x", ["B", 5]))
-    same(b.model(y), {"x": numbers(2, 5) * np.float32(1e6)}, tolerance=2e-2)
+    result = same(b.model(y), {"x": numbers(2, 5) * np.float32(1e6)}, tolerance=2e-2)
+    assert result.counts == {"rms_norm": 1}, "computed in single precision, as before"
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(FLOAT, HALF), (DOUBLE, FLOAT)])
@@ -669,7 +670,8 @@ def test_a_residual_sum_keeps_its_type(inner, outer):
     total = b.add(x, skip)
     model = b.model(*(narrowed(b, value, outer) for value in (x, skip, total)), b.relu(total))
     feeds = {"x": numbers(2, 4, 5, dtype=inner), "skip": numbers(2, 4, 5, seed=1, dtype=inner)}
-    same(model, feeds, tolerance=2e-2)
+    made = operators(same(model, feeds, tolerance=2e-2).model)
+    assert sum(count for name, count in made.items() if name.endswith("LayerNormalization")) == 3
 
 
 @pytest.mark.parametrize(("eps", "written"), [(1e-5, True), (0.125, True), (0.1, False)])

@@ -33,10 +33,11 @@ def additive(op: Builder, found: Found, entries: tuple[Entry, ...]) -> Operand:
             if bias is not None:
                 bias = op.shared("Max", [bias, op.scalar(entry.fill)], None)
             continue
+        if entry.kind == "term" and found.adds_wide:
+            same = found.facts.dtype(entry.ref.value) == found.dtype and abs(entry.coef) <= 1.0
+            found.require(same, f"{entry.ref.value.name} is added in a wider dtype than the result's", kind="dtype")
         ref, placed = _beside(op, found, entry, keep=2 if bias is None else 0)
         if entry.kind == "term":
-            if found.adds_wide and (found.facts.dtype(entry.ref.value) != found.dtype or abs(entry.coef) > 1.0):
-                raise Unmet(f"{entry.ref.value.name} is added in a wider dtype than the result's", kind="dtype")
             term = placed
             if entry.coef != 1.0:
                 term = op.shared("Mul", [term, op.scalar(entry.coef)], ref.layout.shape)

@@ -25,7 +25,7 @@ from fusion.verdict import Verdict
 from fusion.writing.beside import additive, guarded, is_causal
 from fusion.writing.cache import split_cache
 from fusion.writing.folded import folded, vector
-from fusion.writing.found import Captured, Found, New, NewNode, Operand, Unmet
+from fusion.writing.found import Captured, Found, Narrow, New, NewNode, Operand, Unmet
 from fusion.writing.lying import in_root_axes, unmoved
 from fusion.writing.packed import packed
 from fusion.writing.place import nearest, place, standing
@@ -482,6 +482,11 @@ class Builder:
     def in_root_axes(self, result: New) -> New:
         """The result with its axes as the root has them, where the pattern's result has them in another order."""
         return in_root_axes(self, self._found, result)
+
+    def narrow(self, value: Value) -> Narrow:
+        """The error for a value that the graph never has in a type as narrow as the root's."""
+        name = TensorProto.DataType.Name(self._found.root_dtype)
+        return Narrow(f"{value.name} is cast to {name} nowhere", self._found.facts.dtype(value), value.name)
 
     def unmet(self, text: str, value: Value) -> Unmet:
         """The error for a value that cannot be brought into the axes wanted."""

@@ -41,6 +41,14 @@ class Unmet(Exception):
         self.miss = Miss(kind, text, verdict, 1, place)
 
 
+class Narrow(Unmet):
+    """What lies in a wider type would be cast down: the fused node may compute in that type."""
+
+    def __init__(self, text: str, wide: int | None, place: str) -> None:
+        super().__init__(text, kind="dtype", place=place)
+        self.wide = wide
+
+
 @dataclass(eq=False, slots=True)
 class New:
     """An output of a node that is still to be made, or a constant that is still to be added.
@@ -99,6 +107,7 @@ class Found:
         root: the value matched; `ref` sees it with the axes of the result.
         plan: what matched.
         state: what it bound.
+        wide: the dtype in which the fused node computes, where that is not the root's.
     """
 
     view: View
@@ -107,6 +116,7 @@ class Found:
     root: Value
     state: State
     region: Region
+    wide: int | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self.plan.captures:
@@ -128,6 +138,11 @@ class Found:
 
     @property
     def dtype(self) -> int:
+        """The dtype in which the fused node computes: that of the root, where no wider one is needed."""
+        return self.wide or self.root_dtype
+
+    @property
+    def root_dtype(self) -> int:
         """The dtype of the root."""
         dtype = self.facts.dtype(self.root)
         if dtype is None:
@@ -186,8 +201,9 @@ class Found:
     def require_kept_dtype(self) -> None:
         """A kept value is another output of the node that makes the result: both have one dtype."""
         for value in self.finals[1:]:
-            same = self.facts.dtype(value) == self.dtype
-            self.require(same, f"{value.name} has another dtype than {self.root.name}", kind="dtype")
+            dtype = self.facts.dtype(value)
+            if dtype != self.dtype:
+                raise Narrow(f"{value.name} has another dtype than {self.root.name}", dtype, value.name)
 
     def require_gain(self, nodes: Sequence[NewNode]) -> None:
         """A rewrite replaces more nodes than it adds; what it shares with other matches does not count."""
@@ -244,10 +260,10 @@ class Found:
     @property
     def widened(self) -> list[tuple[Node, int]]:
         """The nodes of a half-precision region that compute in a wider dtype, between casts, and in which."""
-        if self.dtype in (TensorProto.FLOAT, TensorProto.DOUBLE):
+        if self.root_dtype in (TensorProto.FLOAT, TensorProto.DOUBLE):
             return []
         outputs = ((node, self.facts.dtype(value)) for node in self.region.core for value in node.outputs if value)
-        return [(node, dtype) for node, dtype in outputs if dtype in FLOATS and dtype != self.dtype]
+        return [(node, dtype) for node, dtype in outputs if dtype in FLOATS and dtype != self.root_dtype]
 
     @property
     def adds_wide(self) -> bool:
@@ -269,10 +285,10 @@ class Found:
         for node, dtype in self.widened:
             if dtype != TensorProto.FLOAT or node.key in SPELLINGS["matmul"]:
                 raise self._wide(node, dtype)
-        return TensorProto.FLOAT if self.widened else self.dtype
+        return TensorProto.FLOAT if self.widened else self.root_dtype
 
     def _wide(self, node: Node, dtype: int) -> Unmet:
-        found, wanted = TensorProto.DataType.Name(dtype), TensorProto.DataType.Name(self.dtype)
+        found, wanted = TensorProto.DataType.Name(dtype), TensorProto.DataType.Name(self.root_dtype)
         return Unmet(f"{node.label} computes in {found}, the result is {wanted}", kind="dtype", place=node.label)
 
     def least(self, letter: str) -> float:

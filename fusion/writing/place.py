@@ -127,7 +127,7 @@ def place(view: View, ref: Ref, dtype: int | None, at: Node, builder: Builder) -
     lying = list(_rearranged(view, ref.value, at))
     cast = dtype not in NARROW or any(view.facts.dtype(value) == dtype for value, _ in lying)
     if not cast and not view.facts.is_constant(ref.value):
-        raise builder.unmet(f"{ref.value.name} is cast to {TensorProto.DataType.Name(dtype)} nowhere", ref.value)
+        raise builder.narrow(ref.value)
     for value, layout in lying:
         wanted = _express(ref.layout, layout)
         steps = _plan(wanted) if wanted is not None else None

@@ -18,7 +18,7 @@ from fusion.targets import Target
 from fusion.writing.apply import apply
 from fusion.writing.checked import apply_checked
 from fusion.writing.emit import Builder
-from fusion.writing.found import GAIN, Found, New, NewNode, Unmet
+from fusion.writing.found import GAIN, Found, Narrow, New, NewNode, Unmet
 from fusion.writing.outcome import Outcome, Rewritten
 
 SWEEPS = 8
@@ -154,26 +154,34 @@ class Rewriter:
         for choice in self.search.choices(candidate):
             misses: list[Miss] = []
             for emission in self.emissions[choice.plan.pattern]:
-                found = Found(self.search.view, choice.plan, choice.ref, choice.root, choice.state, choice.region)
-                builder = Builder(found, self.target)
                 try:
-                    found.require(0 not in found.shape, "there is nothing to compute: the result has no elements")
-                    returned = emission.build(found, builder)
-                    outputs: tuple[New, ...] = returned if isinstance(returned, tuple) else (returned,)
-                    declared = 1 + len(choice.state.kept)  # what an emission keeps besides lies as it is
-                    results = [builder.in_root_axes(output) for output in outputs[:declared]]
-                    results.extend(outputs[declared:])
-                    builder.tell_sizes()
-                    found.require_kept_dtype()
-                    found.require_order(builder.inputs)
-                    found.require_gain(builder.nodes)
+                    try:
+                        return self._written(choice, emission)
+                    except Narrow as narrow:
+                        return self._written(choice, emission, narrow.wide)
                 except Unmet as unmet:
                     misses.append(unmet.miss)
-                    continue
-                return Emitted(found, builder.nodes, results)
             # Who has another way to be written need not hear of those that are not for it.
             first = first or tuple(miss for miss in misses if miss.kind != GAIN) or tuple(misses)
         return first
+
+    def _written(self, choice: Candidate, emission: Emit, wide: int | None = None) -> Emitted:
+        """What an emission makes of a match, computed in a wider dtype than the root's where one is given."""
+        found = Found(self.search.view, choice.plan, choice.ref, choice.root, choice.state, choice.region, wide)
+        builder = Builder(found, self.target)
+        found.require(0 not in found.shape, "there is nothing to compute: the result has no elements")
+        returned = emission.build(found, builder)
+        outputs: tuple[New, ...] = returned if isinstance(returned, tuple) else (returned,)
+        declared = 1 + len(choice.state.kept)  # what an emission keeps besides lies as it is
+        results = [builder.in_root_axes(output) for output in outputs[:declared]]
+        if wide is not None:
+            results[0] = builder.Cast(results[0], to=found.root_dtype, dtype=found.root_dtype)
+        results.extend(outputs[declared:])
+        builder.tell_sizes()
+        found.require_kept_dtype()
+        found.require_order(builder.inputs)
+        found.require_gain(builder.nodes)
+        return Emitted(found, builder.nodes, results)
 
     def _apply(self, emitted: Emitted) -> list[Node]:
         found = emitted.found
