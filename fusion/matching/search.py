@@ -100,9 +100,11 @@ class Search:
 
     def leaves_attention(self, candidates: Iterable[Candidate] = ()) -> bool:
         """Whether a softmax is left that no candidate covers: its axes may hang on equalities, which cost a pass."""
-        plans = [plan for plan in self.plans if SPELLINGS["softmax"] in plan.anchors]
-        left = {node for plan in plans for node in self.anchors(plan)}
-        return bool(left) and not left.issubset(node for candidate in candidates for node in candidate.region.core)
+        parts = {SPELLINGS["softmax"], SPELLINGS["matmul"]}
+        if not any(self.anchors(plan) for plan in self.plans if parts.issubset(plan.anchors)):
+            return False
+        left = {node for op in SPELLINGS["softmax"] for node in self.graph.by_op.get(op, ())}
+        return not left.issubset(node for candidate in candidates for node in candidate.region.core)
 
     def candidates(self, plans: Sequence[Plan], dirty: set[Node] | None = None) -> list[Candidate]:
         """All matches of the plans, best first; near `dirty` nodes only where given."""

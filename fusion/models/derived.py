@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from onnx import TensorProto, numpy_helper
@@ -63,11 +64,20 @@ class Recipe(Store):
 
     def read(self, offset: int, length: int) -> bytes:
         """Return all the bytes: a derived payload has no part to be read alone."""
+        assert not offset
+        return bytes(self._bytes(length))
+
+    def copy(self, offset: int, length: int, file: IO[bytes]) -> None:
+        assert not offset
+        file.write(self._bytes(length))
+
+    def _bytes(self, length: int) -> bytes | memoryview:
         arrays = [self.array(part).transpose(order) for part, order in self.parts]
         whole = np.concatenate(arrays, self.axis)
         if self.factor is not None:
             whole = (whole * self.factor).astype(whole.dtype)
-        raw: bytes = numpy_helper.from_array(whole).raw_data
-        assert not offset
+        if whole.nbytes == length and sys.byteorder == "little":
+            return np.ascontiguousarray(whole).view(np.uint8).reshape(-1).data
+        raw: bytes = numpy_helper.from_array(whole).raw_data  # several elements lie in one byte
         assert len(raw) == length
         return raw
