@@ -15,11 +15,11 @@ from fusion.writing.found import Found, New, Operand
 from fusion.writing.place import before
 
 if TYPE_CHECKING:
-    from fusion.writing.emit import Builder
+    from fusion.writing.nodes import Nodes
 
 
-def sizes(op: Builder, found: Found, dims: tuple[Dim, ...], have: tuple[Dim, ...], copy: bool) -> New:
-    """See `Builder.sizes`."""
+def sizes(op: Nodes, found: Found, dims: tuple[Dim, ...], have: tuple[Dim, ...], copy: bool) -> New:
+    """See `Nodes.sizes`."""
     items = _items(dims, have, copy)
     if all(isinstance(item, int) for item in items):
         return op.constant(int64([int(str(item)) for item in items]), "shape")
@@ -27,7 +27,7 @@ def sizes(op: Builder, found: Found, dims: tuple[Dim, ...], have: tuple[Dim, ...
     return op.shared("Concat", parts, (len(parts),), dtype=TensorProto.INT64, axis=0)
 
 
-def item_of(op: Builder, found: Found, item: Dim, at: Node) -> New:
+def item_of(op: Nodes, found: Found, item: Dim, at: Node) -> New:
     """One size as a tensor of shape (1,), known by the time of `at`.
 
     Raises:
@@ -36,8 +36,8 @@ def item_of(op: Builder, found: Found, item: Dim, at: Node) -> New:
     return op.constant(int64([item]), "size") if isinstance(item, int) else _size(op, found, item, at)
 
 
-def filled(op: Builder, found: Found, number: Dim, count: Dim) -> New:
-    """See `Builder.filled`."""
+def filled(op: Nodes, found: Found, number: Dim, count: Dim) -> New:
+    """See `Nodes.filled`."""
     if isinstance(number, int) and isinstance(count, int):
         return op.constant(np.full(count, number, np.int32), "lengths")
     size = item_of(op, found, number, found.node)
@@ -45,7 +45,7 @@ def filled(op: Builder, found: Found, number: Dim, count: Dim) -> New:
     return size if count == 1 else op.shared("Expand", [size, item_of(op, found, count, found.node)], (count,))
 
 
-def _size(op: Builder, found: Found, dim: Dim, at: Node) -> New:
+def _size(op: Nodes, found: Found, dim: Dim, at: Node) -> New:
     """Read off an input or capture from before `at` that has the size or a multiple of it, or made of such sizes.
 
     Inputs come first: what one match reads off them, others do too.
