@@ -19,6 +19,7 @@ from fusion.errors import FusionError, PatternError
 from fusion.language import Pattern
 from fusion.matching.explain import STEPS, Explainer
 from fusion.matching.state import Miss, NearMiss, verdict_of
+from fusion.models.alike import unify
 from fusion.models.graph import Graph, paused_collection
 from fusion.models.model import load, save
 from fusion.opset import convert
@@ -165,6 +166,7 @@ def optimize(
     opset: int | None = None,
     when: str = "legal",
     patterns: Iterable[Pattern | str] | None = None,
+    same: Iterable[Sequence[str]] = (),
     check: bool = False,
 ) -> Result:
     """Fuse what is equal and has a kernel on the target.
@@ -177,6 +179,8 @@ def optimize(
             that is not known to be sound it stays at its own, and `Result.notes` says why. By default it stays.
         when: "legal" fuses whatever is equal and has a kernel.
         patterns: patterns or names of library patterns; all of the library by default.
+        same: groups of names of the inputs' dimensions that are one size in every run, where the model names each for
+            itself: nothing in it proves that.
         check: run both sides of every rewrite on the same inputs, and undo those that differ: they are among the near
             misses then. A rewrite that cannot be run on its own stays, and says why in `Rewritten.unchecked`.
 
@@ -184,6 +188,7 @@ def optimize(
         ModelError: the source is no valid model.
         OutputError: the destination cannot be written; nothing is left there.
         TargetError, PatternError: unknown names.
+        FusionError: no input has a dimension of a name in `same`.
     """
     if when != "legal":
         raise FusionError(f"when={when!r} is unknown: only 'legal' is there (fuse what is equal and has a kernel)")
@@ -199,6 +204,7 @@ def optimize(
         aim = target_named(target)
         chosen, rules = _chosen(patterns, aim)
         model = load(source)
+        unify(model, same)
     notes = list(model.notes)
     if opset is not None:
         with timed("convert"):
@@ -227,20 +233,32 @@ def optimize(
 
 
 @paused_collection()
-def find(source: Any, patterns: Iterable[Pattern | str] | None = None, *, target: str = "ort-cpu") -> list[Place]:
+def find(
+    source: Any,
+    patterns: Iterable[Pattern | str] | None = None,
+    *,
+    target: str = "ort-cpu",
+    same: Iterable[Sequence[str]] = (),
+) -> list[Place]:
     """The matches of patterns in a model, without rewriting it; also of patterns that the target has no emission for.
 
     Raises:
-        ModelError, TargetError, PatternError: as `optimize` does.
+        ModelError, TargetError, PatternError, FusionError: as `optimize` does.
     """
-    rewriter = _rewriter(source, patterns, target)
+    rewriter = _rewriter(source, patterns, target, same)
     return [place for place in _matches(rewriter, Explainer(rewriter.search)) if place.verdict is Verdict.YES]
 
 
 @paused_collection()
-def why(source: Any, pattern: Pattern | str | None = None, *, target: str = "ort-cpu") -> Explanation:
+def why(
+    source: Any,
+    pattern: Pattern | str | None = None,
+    *,
+    target: str = "ort-cpu",
+    same: Iterable[Sequence[str]] = (),
+) -> Explanation:
     """Where a pattern matches in a model and, for every place where it nearly does, what keeps it from it."""
-    rewriter = _rewriter(source, None if pattern is None else [pattern], target)
+    rewriter = _rewriter(source, None if pattern is None else [pattern], target, same)
     explainer = Explainer(rewriter.search)
     places = _matches(rewriter, explainer)
     matched = {place.root for place in places}
@@ -271,12 +289,16 @@ def _rewrite(rewriter: Rewriter, simplifier: Simplifier) -> float:
     return seconds
 
 
-def _rewriter(source: Any, patterns: Iterable[Pattern | str] | None, target: str) -> Rewriter:
+def _rewriter(
+    source: Any, patterns: Iterable[Pattern | str] | None, target: str, same: Iterable[Sequence[str]]
+) -> Rewriter:
     aim = target_named(target)
     chosen, rules = _chosen(patterns, aim)
     if rules and patterns is not None:
         raise PatternError(f"{', '.join(rules)}: a simplification has no formula to look for")
-    return Rewriter(Graph(load(source)), chosen, aim)
+    model = load(source)
+    unify(model, same)
+    return Rewriter(Graph(model), chosen, aim)
 
 
 def _matches(rewriter: Rewriter, explainer: Explainer) -> list[Place]:

@@ -45,6 +45,10 @@ InputModel = Annotated[Path, typer.Argument(metavar="IN", help="ONNX model; exte
 ModelA = Annotated[Path, typer.Argument(metavar="A", help="The model before: right by definition.")]
 ModelB = Annotated[Path, typer.Argument(metavar="B", help="The model after.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Same = Annotated[
+    list[str] | None,
+    typer.Option("--same", metavar="A=B", help="Dimensions of inputs that are one size; may be repeated."),
+]
 TargetName = Annotated[str, typer.Option("--target", metavar="NAME", help="Where the result must run.")]
 
 
@@ -98,6 +102,7 @@ def optimize(
         int | None,
         typer.Option("--opset", metavar="N", help="Take the model to this opset first, where that is sound."),
     ] = None,
+    same: Same = None,
     check: Annotated[
         bool, typer.Option("--check", help="Run both sides of every rewrite, and undo what differs.")
     ] = False,
@@ -105,7 +110,9 @@ def optimize(
 ) -> None:
     """Fuse what is equal and has a kernel, write the result, and say what was done and what nearly was."""
     with _busy(f"optimizing {source.name}"):
-        result = api.optimize(source, destination, target=target, opset=opset, patterns=pattern or None, check=check)
+        result = api.optimize(
+            source, destination, target=target, opset=opset, patterns=pattern or None, same=_groups(same), check=check
+        )
     _show(result, as_json)
 
 
@@ -114,11 +121,12 @@ def why(
     source: InputModel,
     pattern: Annotated[str | None, typer.Argument(metavar="[PATTERN]", help="Only this pattern.")] = None,
     target: TargetName = "ort-cpu",
+    same: Same = None,
     as_json: AsJson = False,
 ) -> None:
     """Say where a pattern matches and, where it nearly does, what keeps it from it. Nothing is changed."""
     with _busy(f"looking through {source.name}"):
-        explanation = api.why(source, pattern, target=target)
+        explanation = api.why(source, pattern, target=target, same=_groups(same))
     _show(explanation, as_json)
 
 
@@ -214,6 +222,14 @@ def _show(result: Report, as_json: bool) -> None:
 
 def _print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def _groups(given: list[str] | None) -> list[list[str]]:
+    groups = [text.split("=") for text in given or []]
+    for text, names in zip(given or [], groups, strict=True):
+        if len(names) < 2 or not all(names):
+            raise FusionError(f"--same {text}: expected names of dimensions that are equal, as in --same batch=batch_1")
+    return groups
 
 
 def _sizes(given: list[str]) -> dict[str, int] | None:

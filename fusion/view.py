@@ -249,7 +249,7 @@ class View:
         shape = (self.facts.shape(node.inputs[0]) if node.inputs[0] is not None else None) or ()
         within = [map(str, symbols(atom)) for dim in shape for atom in atoms(dim)]
         joined = [sorted(name for name in names if not name.startswith("?")) for names in within]
-        told = [f"{' and '.join(names)} may differ" for names in joined if len(names) > 1]
+        told = [f"{' and '.join(names)} may differ (see `same`)" for names in joined if len(names) > 1]
         return f": {', '.join(dict.fromkeys(told))}" if told else ""
 
     def _single(self, value: Value) -> bool:

@@ -104,6 +104,18 @@ def test_optimize_with_an_opset_converts_first_or_says_why_not(fusion, tmp_path:
     assert "note: the model stays at opset 14: opset 13 is older" in fusion("optimize", BERT, out, "--opset", 13).out
 
 
+def test_dimensions_that_are_one_are_said_by_their_names(fusion, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    text = """<ir_version: 9, opset_import: ["" : 20]> g (float[a, 4] x, float[b, 4] z) => (float[c, 4] y)
+      { y = Add (x, z) }"""
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "in.onnx")
+    assert fusion("why", tmp_path / "in.onnx", "gelu", "--same", "a=b").code == 0
+    done = fusion("optimize", tmp_path / "in.onnx", tmp_path / "out.onnx", "--same", "a=d")
+    assert (done.code, done.out) == (2, "")
+    assert "no input has a dimension 'd'" in done.err
+    assert not (tmp_path / "out.onnx").exists()
+    assert "--same a: expected names of dimensions" in fusion("why", tmp_path / "in.onnx", "--same", "a").err
+
+
 def test_optimize_with_check_runs_every_rewrite(fusion, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     done = fusion("optimize", BERT, tmp_path / "out.onnx", "--check", "--json")
     assert done.code == 0
