@@ -163,8 +163,9 @@ def _grouped(found, op, past=()):
         heads["causal"] = 0
     keys = new + (past[0].shape[1] if past else 0)
     lengths = op.filled(keys - 1, batch), op.filled(keys, 1)
-    rest = (*(None,) * 3, bias, op.arranged(sink), *(None,) * 4, op.filled(queries, batch) if past else None)
-    operands = (_queries(found, op), k, v, *(caches or (None, None)), *lengths, *rest)
+    rotary = quantized = normed = (None, None)
+    beside = (*rotary, None, bias, op.arranged(sink), *quantized, *normed, op.filled(queries, batch) if past else None)
+    operands = (_queries(found, op), k, v, *(caches or (None, None)), *lengths, *beside)
     attended, *present = op.microsoft.GroupQueryAttention(*operands, outputs=3, **heads)
     return op.guarded(attended), *present[: len(past)]
 
