@@ -261,14 +261,17 @@ def test_an_edit_that_fails_is_undone():
         old = y.producer
         made = graph.add_node(graph.main, "Sqrt", [x, x], ["fresh"], at=old)
         graph.add_node(graph.main, "Tanh", [made.outputs[0]], [y], at=old)
+        graph.declare(made.outputs[0], TensorProto.FLOAT, [2, None])
         graph.add_initializer(graph.main, numpy_helper.from_array(np.ones(2, np.float32), "ones"), old)
         graph.remove_dead([old, *graph.by_op["Abs"]])
         assert state(graph) != before
         raise KeyError
 
+    declared = list(graph.main.proto.value_info)
     with pytest.raises(KeyError), graph.transaction():
         edit()
     assert state(graph) == before
+    assert list(graph.main.proto.value_info) == declared
 
 
 def test_an_inner_transaction_is_undone_with_the_outer_one():

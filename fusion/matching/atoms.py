@@ -332,8 +332,7 @@ class Atoms:
         states: list[State] = [state]
         if node.key not in atom.names or given.value.slot != 0:
             lost = self.matcher.lost(atom)
-            states = list(self.matcher.miss(state, "operator", describe(atom), node.key, lost, node.label))
-            yield from states
+            yield from self.matcher.miss(state, "operator", describe(atom), node.key, lost, node.label)
             return
         if not given.layout.is_identity:
             place = given.value.name

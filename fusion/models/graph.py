@@ -5,7 +5,7 @@ The protobuf stays the truth: a graph without edits leaves it untouched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -140,6 +140,14 @@ class Graph(Index):
                 old.outputs[old_slot] = value
 
         self._journal(value.scope, undo)
+
+    def declare(self, value: Value, data_type: int, sizes: Sequence[int | None]) -> None:
+        """Say the type and sizes of a new value, None where one is unknown; a function has no place for it."""
+        proto = value.scope.proto
+        if isinstance(proto, GraphProto):
+            value.info = helper.make_tensor_value_info(value.name, data_type, sizes)
+            proto.value_info.append(value.info)
+            self._journal(value.scope, proto.value_info.pop)
 
     def add_initializer(self, scope: Scope, tensor: TensorProto, at: Node) -> Value:
         """Add a constant to the scope: an initializer, or in a function, which has none, a Constant node."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx import GraphProto, TensorProto, helper
+from onnx import TensorProto
 
 from fusion.laws import contraction, powers, reduction, ring
 from fusion.models.graph import Graph, Node, Scope, Value
@@ -142,11 +142,9 @@ class _Application:
 
         onnxruntime takes a width that it does not know for 0 behind the standard Attention, and refuses the model.
         """
-        made, graph = new.outputs[0], self.scope.proto
-        if new.op == "Reshape" and made.shape is not None and made.dtype is not None and isinstance(graph, GraphProto):
-            sizes = [dim if isinstance(dim, int) else None for dim in made.shape]
-            value.info = helper.make_tensor_value_info(value.name, made.dtype, sizes)
-            graph.value_info.append(value.info)
+        made = new.outputs[0]
+        if new.op == "Reshape" and made.shape is not None and made.dtype is not None:
+            self.graph.declare(value, made.dtype, [dim if isinstance(dim, int) else None for dim in made.shape])
 
     def _like(self, new: NewNode, inputs: list[Value | None]) -> list[Node]:
         first = next((value for value in inputs if value is not None), None)

@@ -26,7 +26,7 @@ from fusion.verifying.compare import tolerance
 from fusion.view import View
 from fusion.writing.place import before, standing
 
-ABSORBING = {"Pad": frozenset({"Conv", "AveragePool", "MaxPool"})}
+DISPENSABLE = {"Pad": frozenset({"Conv", "AveragePool", "MaxPool"})}
 """Who may do without what stands before it, where that is no matter of layout."""
 
 GAIN = "gain"
@@ -228,7 +228,7 @@ class Found:
         for node in reversed([node for node in self.region.prefix if node not in kept]):
             values = [value for value in node.outputs if value is not None]
             others = {reader for value in values for reader in value.uses if reader not in replaced}
-            absorbing = ABSORBING.get(node.key, SPELLINGS["matmul"])
+            absorbing = DISPENSABLE.get(node.key, SPELLINGS["matmul"])
             if all(reader.key in absorbing for reader in others) and not any(v.is_output for v in values):
                 replaced.add(node)
         if len(nodes) >= len(replaced):
